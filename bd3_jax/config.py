@@ -1,0 +1,265 @@
+"""ConfigDict -> frozen dataclasses. An unknown or impossible setting fails here, by name.
+
+Values and their meaning stand in `configs/base.py`, one comment a field; this file holds the types and the rules
+that tie fields together. Nothing behind it sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import ml_collections
+
+from bd3_jax.errors import UserError
+
+Objective = Literal["ar", "mdlm", "sedd", "bd3lm"]
+ScheduleName = Literal["loglinear", "square", "square_root", "log", "cosine", "scaled_loglinear"]
+SamplerName = Literal["first_hitting", "ancestral", "analytic", "autoregressive"]
+
+# Which samplers can draw from which model: SUBS models predict x0, SEDD a ratio, AR the next token.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "ar": ("autoregressive",),
+    "mdlm": ("first_hitting", "ancestral"),
+    "bd3lm": ("first_hitting", "ancestral"),
+    "sedd": ("analytic",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    length: int
+    width: int
+    num_layers: int
+    num_heads: int
+    cond_dim: int
+    dropout: float
+    dtype: Literal["auto", "float32", "bfloat16"]
+    attention: Literal["auto", "dense", "decomposed"]
+    attention_chunk: int
+    scan_unroll: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+    schedule: ScheduleName
+    low: float
+    high: float
+    resample: bool
+    ignore_bos: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    corpus: str
+    source: str
+    directory: str
+    tokenizer: str
+    vocab_size: int
+    insert_special: bool
+    insert_eos: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup_steps: int
+    decay: Literal["constant", "cosine"]
+    ema_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    num_steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    split: str
+    batch_size: int
+    num_batches: int
+    estimator: Literal["monte_carlo", "low_variance"]
+    seed: int
+    weights: Literal["ema", "raw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    sampler: SamplerName
+    num_samples: int
+    batch_size: int
+    prompt: str
+    max_length: int
+    num_steps: int
+    nucleus: float
+    temperature: float
+    kv_cache: bool
+    seed: int
+    weights: Literal["ema", "raw"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    objective: Objective
+    block_size: int
+    seed: int
+    model: ModelConfig
+    noise: NoiseConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    eval: EvalConfig
+    sampling: SamplingConfig
+    mesh: MeshConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+T = TypeVar("T")
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """Checks every field's name, type and range.
+
+    Raises:
+      UserError: naming the first setting that is missing, unknown, of the wrong type or impossible.
+    """
+    settings = config.to_dict()
+    if "objective" in settings and "block_size" in settings and isinstance(settings.get("model"), dict):
+        settings["block_size"] = _block_size(settings)
+    resolved = _build(Config, settings, "config")
+    _check(resolved)
+    return resolved
+
+
+def _block_size(settings: dict[str, Any]) -> Any:
+    """0 stands for the only block size an objective has: 1 for AR, L for MDLM and SEDD."""
+    own = {"ar": 1, "mdlm": settings["model"].get("length"), "sedd": settings["model"].get("length")}
+    block_size, objective = settings["block_size"], settings["objective"]
+    if objective in own and block_size == 0:
+        return own[objective]
+    return block_size
+
+
+def _build(cls: type[T], settings: dict[str, Any], path: str) -> T:
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in settings:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {path}.{near[0]}?" if near else f"allowed: {', '.join(fields)}"
+            raise UserError(f"unknown setting {path}.{name}; {hint}")
+    for name in fields:
+        if name not in settings:
+            raise UserError(f"missing setting {path}.{name}")
+    return cls(**{name: _convert(kind, settings[name], f"{path}.{name}") for name, kind in fields.items()})
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{path} must be a group of settings, found {value!r}")
+        return _build(kind, value, path)  # type: ignore[arg-type]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"{path} must be one of {', '.join(get_args(kind))}; found {value!r}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{path} must be of type {kind.__name__}, found {value!r}")
+    return value
+
+
+def _check(c: Config) -> None:
+    def require(ok: bool, path: str, value: Any, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"config.{path} is {value!r}; allowed: {allowed}")
+
+    def at_least(low: int, path: str) -> None:
+        group, name = path.split(".")
+        value = getattr(getattr(c, group), name)
+        require(value >= low, path, value, f"{low} or more")
+
+    def fraction(path: str) -> None:
+        group, name = path.split(".")
+        value = getattr(getattr(c, group), name)
+        require(0 <= value < 1, path, value, "0 <= x < 1")
+
+    m, n, length = c.model, c.noise, c.model.length
+    for path in ("model.length", "model.width", "model.num_layers", "model.num_heads", "model.cond_dim"):
+        at_least(1, path)
+    at_least(1, "model.attention_chunk")
+    at_least(1, "model.scan_unroll")
+    require(m.width % m.num_heads == 0, "model.num_heads", m.num_heads, f"a divisor of model.width = {m.width}")
+    require(m.width // m.num_heads % 2 == 0, "model.num_heads", m.num_heads, "an even width per head (rotary pairs)")
+    fraction("model.dropout")
+
+    if c.objective == "bd3lm":
+        divides = c.block_size >= 1 and length % c.block_size == 0
+        require(divides, "block_size", c.block_size, f"a divisor of model.length = {length}")
+    else:
+        only = 1 if c.objective == "ar" else length
+        require(c.block_size == only, "block_size", c.block_size, f"{only} (or 0) for objective {c.objective}")
+
+    require(0 < n.low <= n.high <= 1, "noise.low, noise.high", (n.low, n.high), "0 < low <= high <= 1")
+    if n.resample:
+        counts = [k for k in range(c.block_size + 1) if _fits(k, c.block_size, n.low, n.high)]
+        require(bool(counts), "noise.low, noise.high", (n.low, n.high), f"a range that holds k/{c.block_size} for some k")
+    if n.schedule != "loglinear":
+        full = n.low <= 1e-3 and n.high == 1
+        require(full, "noise.schedule", n.schedule, "loglinear where noise.low or noise.high clips the interval")
+
+    require(c.data.vocab_size > 0, "data.vocab_size", c.data.vocab_size, "1 or more")
+    require(c.data.corpus != "", "data.corpus", c.data.corpus, "the name of a corpus")
+    require(c.data.directory != "", "data.directory", c.data.directory, "a folder")
+
+    o = c.optimizer
+    require(o.learning_rate > 0, "optimizer.learning_rate", o.learning_rate, "above 0")
+    require(o.eps > 0, "optimizer.eps", o.eps, "above 0")
+    require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "0 or more")
+    require(o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "above 0")
+    for path in ("optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
+        fraction(path)
+    at_least(0, "optimizer.warmup_steps")
+
+    for name in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+        at_least(1, f"training.{name}")
+    at_least(1, "eval.batch_size")
+    at_least(0, "eval.num_batches")
+    low_variance = c.objective in ("mdlm", "bd3lm") or c.eval.estimator == "monte_carlo" or c.objective == "ar"
+    require(low_variance, "eval.estimator", c.eval.estimator, f"monte_carlo for objective {c.objective}")
+
+    s = c.sampling
+    allowed = SAMPLERS[c.objective]
+    require(s.sampler in allowed, "sampling.sampler", s.sampler, f"{', '.join(allowed)} for objective {c.objective}")
+    for name in ("num_samples", "batch_size", "num_steps"):
+        at_least(1, f"sampling.{name}")
+    at_least(2, "sampling.max_length")
+    require(0 < s.nucleus <= 1, "sampling.nucleus", s.nucleus, "0 < P <= 1")
+    require(s.temperature > 0, "sampling.temperature", s.temperature, "above 0")
+
+    for name in ("fsdp", "tensor"):
+        at_least(1, f"mesh.{name}")
+    require(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "1 or more, or -1 for all other devices")
+
+
+def _fits(k: int, block_size: int, low: float, high: float) -> bool:
+    """Whether k masked tokens of a block are a fraction inside the clipped interval (bounds at the ends waived)."""
+    return (low <= 1e-3 or k / block_size >= low) and (high >= 1 or k / block_size <= high)

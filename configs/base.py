@@ -1,0 +1,117 @@
+"""Every setting, its default and its meaning: the paper's recipe for a small model.
+
+The config string is `OBJECTIVE[,block_size=B]`, for instance `--config=configs/quickstart.py:bd3lm,block_size=8`.
+"""
+
+from ml_collections import ConfigDict
+
+from bd3_jax.errors import UserError
+
+# Objective -> (sampler, nucleus P), the paper's choices.
+_SAMPLING = {
+    "ar": ("autoregressive", 0.9),
+    "mdlm": ("first_hitting", 0.9),
+    "bd3lm": ("first_hitting", 0.9),
+    "sedd": ("analytic", 0.99),
+}
+
+
+def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
+    objective, block_size = parse(string)
+    sampler, nucleus = _SAMPLING[objective]
+    return ConfigDict(
+        dict(
+            objective=objective,  # ar, mdlm, sedd or bd3lm
+            block_size=block_size,  # B: tokens per block of bd3lm, a divisor of model.length; 0 elsewhere
+            seed=0,  # of initialisation, data order, noise and dropout
+            model=dict(
+                length=1024,  # L: tokens per row, the training context
+                width=768,  # d
+                num_layers=12,
+                num_heads=12,
+                cond_dim=128,  # width of the time embedding that feeds adaLN (unused by ar)
+                dropout=0.1,  # on both residual branches
+                dtype="auto",  # of activations: float32, bfloat16, or auto (bfloat16 except on CPU)
+                attention="auto",  # dense (plain masked softmax), decomposed (never [2L, 2L]) or auto
+                attention_chunk=256,  # queries per chunk of decomposed attention
+                scan_unroll=1,  # layers unrolled per iteration of the scan over layers
+            ),
+            noise=dict(
+                schedule="loglinear",  # loglinear, square, square_root, log, cosine, scaled_loglinear
+                low=1e-3,  # t ~ U[low, high] in training
+                high=1.0,
+                resample=False,  # keep each block's masked fraction within [low, high]
+                ignore_bos=True,  # position 0 is never masked and carries no loss
+            ),
+            data=dict(
+                corpus="wikipedia_summaries",  # a row of bd3_jax/data/corpora.py
+                source="",  # file or folder already downloaded; empty: the corpus' usual place
+                directory="data/wikipedia_summaries",  # where the prepared rows are written and read
+                tokenizer="bpe",  # a name from bd3_jax/data/tokenizers.py
+                vocab_size=2000,  # of a tokenizer that is trained on the corpus
+                insert_special=False,  # BOS and EOS around every row
+                insert_eos=True,  # EOS after every document
+            ),
+            optimizer=dict(
+                learning_rate=3e-4,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                weight_decay=0.0,
+                clip_norm=1.0,  # of the global gradient norm
+                warmup_steps=2500,  # linear, from 0
+                decay="constant",  # after the warm-up: constant, or cosine to 0 at training.num_steps
+                ema_decay=0.9999,  # of the averaged weights that evaluation and sampling use
+            ),
+            training=dict(
+                num_steps=1_000_000,
+                batch_size=512,  # sequences per update, over all devices
+                log_every=100,  # steps between records of the training loss
+                eval_every=5000,  # steps between validations
+                checkpoint_every=5000,
+                keep_checkpoints=2,  # the last so many
+            ),
+            eval=dict(
+                split="validation",
+                batch_size=16,
+                num_batches=100,  # of a validation during training; 0: the whole split (--mode=eval always reads it whole)
+                estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
+                seed=0,
+                weights="ema",  # ema or raw
+            ),
+            sampling=dict(
+                sampler=sampler,  # first_hitting or ancestral (mdlm, bd3lm), analytic (sedd), autoregressive (ar)
+                num_samples=4,
+                batch_size=4,  # sequences drawn at a time
+                prompt="",  # text that every sample starts with; it is never changed
+                max_length=1024,  # tokens per sample, the prompt and BOS included
+                num_steps=1000,  # T of the ancestral and analytic samplers; per block for bd3lm
+                nucleus=nucleus,  # P: draw from the smallest set that holds this much probability
+                temperature=1.0,
+                kv_cache=True,  # keep keys and values of finished blocks (ar, bd3lm)
+                seed=0,
+                weights="ema",  # ema or raw
+            ),
+            mesh=dict(
+                data=-1,  # devices that split the batch alone; -1: all that fsdp and tensor leave
+                fsdp=1,  # devices that split the batch, parameters and optimiser state
+                tensor=1,  # devices that split heads and MLP columns
+            ),
+        )
+    )
+
+
+def parse(string: str) -> tuple[str, int]:
+    """'bd3lm,block_size=8' -> ('bd3lm', 8)."""
+    objective, *options = string.split(",")
+    if objective not in _SAMPLING:
+        raise UserError(f"config string {string!r}: objective must be one of {', '.join(_SAMPLING)}, found {objective!r}")
+    block_size = 0
+    for option in options:
+        name, _, value = option.partition("=")
+        if name != "block_size" or not value.isdigit():
+            raise UserError(f"config string {string!r}: found {option!r}, allowed: block_size=B")
+        block_size = int(value)
+    if objective == "bd3lm" and not block_size:
+        raise UserError(f"config string {string!r}: bd3lm needs a block size, as in 'bd3lm,block_size=16'")
+    return objective, block_size
