@@ -1,0 +1,58 @@
+# `make` or `make help` lists the targets. Needs Python 3.11 or newer, nothing else.
+
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+
+# Tests run on the CPU whatever the machine has, and speak to nobody.
+TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv quickstart check test test-all format lock clean
+
+help: ## list the targets
+	@grep -E '^[.a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z-]+):.*## /\1\t/' | expand -t 14
+
+.venv: .venv/installed ## make the virtual environment with the pinned dependencies
+
+.venv/installed: requirements.lock setup.py
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; give one as in: make PYTHON=/usr/bin/python3.11" >&2; exit 2; }
+	@echo "Installing the pinned dependencies into .venv with $(PYTHON) (about a minute)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --requirement requirements.lock
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+quickstart: .venv ## prepare a corpus, train, evaluate and sample a small model (ten minutes on two cores)
+	@$(BIN)/python experiments/quickstart.py $(ARGS)
+
+check: .venv ## formatting, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## check, then the test suite without the slow tests
+	$(TEST_ENV) $(PYTEST) -m "not slow" -n $(WORKERS) $(ARGS)
+
+test-all: test ## test, then the slow tests
+	$(TEST_ENV) $(PYTEST) -m slow $(ARGS)
+
+format: .venv ## format the code and apply what the linter can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## write requirements.lock anew from setup.py's ranges
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/python -m pip --disable-pip-version-check install --quiet --upgrade setuptools
+	@build/lock/bin/python -m pip --disable-pip-version-check install --quiet '.[dev]'
+	@{ sed '/^[^#]/,$$d' requirements.lock; \
+	   build/lock/bin/python -m pip freeze --all --exclude bd3_jax --exclude pip; } > build/requirements.lock
+	@mv build/requirements.lock requirements.lock
+
+clean: ## remove the environment, caches and build products (data/ and runs/ stay)
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find bd3_jax configs tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
