@@ -1,0 +1,132 @@
+"""The authors' tensor layout: names, shapes, and their place in our parameter tree, in both directions."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bd3_jax.errors import UserError
+
+PREFIX = "backbone."
+INTERVAL = ("sampling_eps_min", "sampling_eps_max")
+"""Scalars of a model that searched its clipped interval; they stand without the prefix."""
+IGNORED = ("rotary_emb.inv_freq",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of theirs: PyTorch keeps Linear weights as [out, in], we as [in..., out...]."""
+
+    name: str
+    path: tuple[str, ...]
+    inputs: int = 0
+    """Leading axes of ours that form `in`; 0: not a Linear weight."""
+
+    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return (theirs.T if self.inputs else theirs).reshape(shape)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        if not self.inputs:
+            return ours.reshape(self.their_shape(ours.shape))
+        return np.ascontiguousarray(ours.reshape(self.their_shape(ours.shape)[::-1]).T)
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.inputs:
+            return int(np.prod(shape[self.inputs :])), int(np.prod(shape[: self.inputs]))
+        return shape if self.path == ("embedding",) else (int(np.prod(shape)),)
+
+
+_OUTSIDE = (
+    Tensor("vocab_embed.embedding", ("embedding",)),
+    Tensor("sigma_map.mlp.0.weight", ("time", "input", "kernel"), 1),
+    Tensor("sigma_map.mlp.0.bias", ("time", "input", "bias")),
+    Tensor("sigma_map.mlp.2.weight", ("time", "output", "kernel"), 1),
+    Tensor("sigma_map.mlp.2.bias", ("time", "output", "bias")),
+)
+_BLOCK = (
+    Tensor("norm1.weight", ("attention_norm",)),
+    Tensor("attn_qkv.weight", ("qkv",), 1),
+    Tensor("attn_out.weight", ("attention_out",), 2),
+    Tensor("norm2.weight", ("mlp_norm",)),
+    Tensor("mlp.0.weight", ("mlp_in", "kernel"), 1),
+    Tensor("mlp.0.bias", ("mlp_in", "bias")),
+    Tensor("mlp.2.weight", ("mlp_out", "kernel"), 1),
+    Tensor("mlp.2.bias", ("mlp_out", "bias")),
+    Tensor("adaLN_modulation.weight", ("modulation", "kernel"), 1),
+    Tensor("adaLN_modulation.bias", ("modulation", "bias")),
+)
+_OUTPUT = (
+    Tensor("output_layer.norm_final.weight", ("final_norm",)),
+    Tensor("output_layer.linear.weight", ("output", "kernel"), 1),
+    Tensor("output_layer.linear.bias", ("output", "bias")),
+    Tensor("output_layer.adaLN_modulation.weight", ("final_modulation", "kernel"), 1),
+    Tensor("output_layer.adaLN_modulation.bias", ("final_modulation", "bias")),
+)
+
+
+def _get(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if name not in tree:
+            return None
+        tree = tree[name]
+    return tree
+
+
+def _entries(params: Any) -> Iterator[tuple[Tensor, int | None, Any]]:
+    """Their tensors in their order, with the layer and our leaf; a model without adaLN lacks some."""
+    for tensor in _OUTSIDE:
+        if (leaf := _get(params, tensor.path)) is not None:
+            yield tensor, None, leaf
+    for layer in range(params["blocks"]["qkv"].shape[0]):
+        for tensor in _BLOCK:
+            if (leaf := _get(params["blocks"], tensor.path)) is not None:
+                yield dataclasses.replace(tensor, name=f"blocks.{layer}.{tensor.name}"), layer, leaf
+    for tensor in _OUTPUT:
+        if (leaf := _get(params, tensor.path)) is not None:
+            yield tensor, None, leaf
+
+
+def to_tensors(params: Any) -> dict[str, np.ndarray]:
+    """Our parameters as their tensors, in their order."""
+    return {
+        PREFIX + tensor.name: tensor.to_theirs(np.asarray(leaf if layer is None else leaf[layer]))
+        for tensor, layer, leaf in _entries(params)
+    }
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any) -> Any:
+    """Their tensors as our float32 parameters.
+
+    Args:
+      tensors: by name, with or without the `backbone.` prefix.
+      abstract_params: shapes of the parameters to fill (`Network.abstract_params`).
+
+    Raises:
+      UserError: listing tensors that are missing, unexpected, misshapen or not finite.
+    """
+    theirs = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name not in INTERVAL}
+    entries = list(_entries(abstract_params))
+    expected = {
+        tensor.name: tensor.their_shape(leaf.shape if layer is None else leaf.shape[1:]) for tensor, layer, leaf in entries
+    }
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in theirs]
+    for name, value in theirs.items():
+        if name in IGNORED:
+            continue
+        if name not in expected:
+            problems.append(f"unexpected {name} {value.shape}")
+        elif value.shape != expected[name]:
+            problems.append(f"{name} has shape {value.shape}, expected {expected[name]}")
+        elif not np.isfinite(value).all():
+            problems.append(f"{name} {value.shape} holds values that are not finite")
+    if problems:
+        raise UserError("tensors do not fit the model: " + "; ".join(problems))
+
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract_params)
+    for tensor, layer, _ in entries:
+        leaf = _get(params if layer is None else params["blocks"], tensor.path)
+        target = leaf if layer is None else leaf[layer]
+        target[...] = tensor.to_ours(theirs[tensor.name], target.shape)
+    return params

@@ -1,0 +1,1 @@
+"""The mathematics: noise, corruption, objectives, likelihood. Knows no network, no file, no device."""

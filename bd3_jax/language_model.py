@@ -1,0 +1,131 @@
+"""An objective bound to a network: what a checkpoint is a model of. Training, evaluation and sampling start from it."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from bd3_jax.config import Config, NoiseConfig
+from bd3_jax.diffusion import likelihood
+from bd3_jax.models.transformer import Network, Params
+
+
+class SpecialIds(Protocol):
+    """What the tokenizer says: `vocab_size` is V, the mask token included."""
+
+    @property
+    def bos(self) -> int: ...
+    @property
+    def eos(self) -> int: ...
+    @property
+    def mask(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Static and hashable; the parameters are passed beside it."""
+
+    objective: str
+    block_size: int
+    noise: NoiseConfig
+    network: Network
+    ids: SpecialIds
+
+    @classmethod
+    def from_config(cls, config: Config, ids: SpecialIds) -> "LanguageModel":
+        network = Network(
+            config.model,
+            ids.vocab_size,
+            adaln=config.objective != "ar",
+            time_conditioned=config.objective == "sedd",
+        )
+        return cls(config.objective, config.block_size, config.noise, network, ids)
+
+    @property
+    def length(self) -> int:
+        """L, the training context in tokens."""
+        return self.network.model.length
+
+    def hidden(
+        self,
+        params: Params,
+        x0: Int[Array, "b L"],
+        draw: likelihood.Draw | None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b L d"]:
+        """The network's pass for likelihoods: over x0 for AR, xt for MDLM and SEDD, [xt ; x0] for BD3-LM.
+
+        Where one block is the whole row the noised tokens see no clean one, so the clean stream is left out.
+        """
+        if draw is None:
+            return self.network.apply(params, x0, 1, dropout_key=dropout_key)
+        clean = x0 if self.block_size < x0.shape[1] else None
+        return self.network.apply(
+            params, draw.xt, self.block_size, clean=clean, sigma=draw.sigma[:, 0], dropout_key=dropout_key
+        )
+
+    def token_losses(
+        self,
+        params: Params,
+        x0: Int[Array, "b L"],
+        draw: likelihood.Draw | None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b L"]:
+        """Loss of every token given its draw (None for AR), nats."""
+        hidden = self.hidden(params, x0, draw, dropout_key)
+        return likelihood.token_losses(
+            self.objective,
+            hidden,
+            lambda h: self.network.unembed(params, h),
+            x0,
+            draw,
+            self.ids.mask,
+            self.ids.vocab_size,
+        )
+
+    def training_loss(
+        self,
+        params: Params,
+        x0: Int[Array, "b L"],
+        key: PRNGKeyArray,
+        low: Float[Array, ""] | float,
+        high: Float[Array, ""] | float,
+    ) -> tuple[Float[Array, ""], Float[Array, "b L"]]:
+        """Mean loss in nats per token with dropout, t ~ U[low, high], and the loss of every token.
+
+        With `ignore_bos` position 0 has loss 0 and is counted all the same; AR counts its L - 1 targets.
+        """
+        key_draw, key_dropout = jax.random.split(key)
+        draw = None
+        if self.objective != "ar":
+            draw = likelihood.draw_training(key_draw, x0, self.block_size, self.noise, low, high, self.ids.mask)
+        losses = self.token_losses(params, x0, draw, key_dropout)
+        count = losses.size - (losses.shape[0] if self.objective == "ar" else 0)
+        return losses.sum() / count, losses
+
+    def eval_losses(
+        self, params: Params, x0: Int[Array, "b L"], key: PRNGKeyArray, estimator: str
+    ) -> Float[Array, "b L"]:
+        """One estimate of every token's negative log-likelihood (bound), nats, without dropout.
+
+        AR, and BD3-LM at B = 1, are exact and draw nothing; elsewhere `estimator` is monte_carlo or low_variance.
+        """
+        args = (x0, self.block_size, self.noise, self.ids.mask)
+        if self.objective == "ar":
+            draw = None
+        elif self.block_size == 1:
+            draw = likelihood.draw_all_masked(*args)
+        elif estimator == "low_variance":
+            draw = likelihood.draw_low_variance(key, *args)
+        else:
+            draw = likelihood.draw_monte_carlo(key, *args)
+        return self.token_losses(params, x0, draw)
+
+    def counted(self, length: int) -> Bool[Array, "L"]:
+        """Positions that an evaluation counts: all but 0 for AR and with `ignore_bos`."""
+        first = self.objective != "ar" and not self.noise.ignore_bos
+        return (jnp.arange(length) > 0) | first

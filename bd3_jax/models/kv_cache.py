@@ -1,0 +1,57 @@
+"""Keys and values of finished, clean tokens, kept while sampling."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVBlock:
+    """Keys (rotated to their positions) and values of one block, for all layers."""
+
+    keys: Float[Array, "layers b h B k"]
+    values: Float[Array, "layers b h B k"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """A ring of S tokens of context for each sequence: shapes never change, and a slide overwrites the oldest block.
+
+    Position p of the sequence lies in slot p mod S. `length` counts the tokens stored since the beginning, so that the
+    next token's position is `length` even after the oldest have been overwritten.
+    """
+
+    keys: Float[Array, "layers b h S k"]
+    values: Float[Array, "layers b h S k"]
+    length: Int[Array, "b"]
+
+    @property
+    def valid(self) -> Bool[Array, "b S"]:
+        """Which slots hold a token."""
+        return jnp.arange(self.keys.shape[3])[None, :] < self.length[:, None]
+
+    def append(self, block: KVBlock, where: Bool[Array, "b"]) -> "KVCache":
+        """Stores a finished block for the sequences in `where`, in place of the oldest block once the ring is full.
+
+        The block size must divide the capacity S. S = 0 (one block is the whole context) keeps nothing.
+        """
+        capacity, size = self.keys.shape[3], block.keys.shape[3]
+        length = self.length + jnp.where(where, size, 0)
+        if capacity == 0:
+            return KVCache(self.keys, self.values, length)
+        if capacity % size:
+            raise ValueError(f"the block size {size} must divide the cache's capacity {capacity}")
+        start = self.length % capacity
+
+        def store(ring: Float[Array, "layers h S k"], new: Float[Array, "layers h B k"], at: Array, keep: Array) -> Array:
+            old = jax.lax.dynamic_slice_in_dim(ring, at, size, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(ring, jnp.where(keep, new, old), at, axis=2)
+
+        over_batch = jax.vmap(store, in_axes=(1, 1, 0, 0), out_axes=1)
+        keys = over_batch(self.keys, block.keys, start, where)
+        values = over_batch(self.values, block.values, start, where)
+        return KVCache(keys, values, length)
