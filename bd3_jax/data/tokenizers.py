@@ -1,0 +1,172 @@
+"""Text <-> token ids, and the one place where BOS, EOS and mask ids come from.
+
+Every tokenizer is a `tokenizer.json` of the `tokenizers` library, `bytes` included, so one class serves all:
+
+| `data.tokenizer`        | what it is                                                                  |
+| ----------------------- | --------------------------------------------------------------------------- |
+| `bpe`                   | byte-level BPE of `data.vocab_size` tokens, trained on the training split     |
+| `bytes`                 | the 256 bytes of UTF-8 (id = byte) and `<|endoftext|>`                        |
+| a path                  | any `tokenizer.json`, or the folder that holds one                            |
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from bd3_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+MASK = "[MASK]"
+FILE_NAME = "tokenizer.json"
+TRAINED = "bpe"
+
+# Names under which BOS and EOS, and the mask, are known; the first that a vocabulary has is taken.
+_BOS_EOS = ((END_OF_TEXT, END_OF_TEXT), ("[BOS]", "[EOS]"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("[CLS]", "[CLS]"))
+_MASKS = (MASK, "<mask>", "<|mask|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Ids with a meaning of their own, all in [0, vocab_size).
+
+    `vocab_size` is V: the tokenizer's vocabulary plus the mask token if it has none of its own; then mask = V - 1.
+    """
+
+    bos: int
+    eos: int
+    mask: int
+    vocab_size: int
+
+
+class Tokenizer:
+    """A `tokenizer.json`: adds no special token by itself, and never makes one out of the user's text.
+
+    Attributes:
+      content: the text of `tokenizer.json`, kept verbatim.
+      ids: the special ids.
+      fingerprint: sha256 (hex) of the JSON content and the special ids. Two tokenizers with the same fingerprint
+        give every text the same ids.
+    """
+
+    def __init__(self, content: str, origin: str):
+        """`origin` names the tokenizer in error messages. Raises UserError where `content` cannot serve."""
+        self.content = content
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{origin} is no tokenizer.json: {_one_line(error)}") from None
+        self.ids = _special_ids(self._tokenizer, origin)
+        # Text that merely looks like a special token is spelled out like any other text.
+        self._tokenizer.encode_special_tokens = True
+        canonical = [json.loads(content), dataclasses.asdict(self.ids)]
+        self.fingerprint = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+        self._refuse_special_ids_from_text(origin)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without BOS or EOS."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, in all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of `ids`. Special tokens (the mask as `[MASK]` if it has no name) stay unless skipped."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes `tokenizer.json` into `directory`, from where `load_tokenizer` reads it."""
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / (FILE_NAME + ".tmp")
+        temporary.write_text(self.content, encoding="utf-8")
+        temporary.replace(directory / FILE_NAME)
+
+    def _refuse_special_ids_from_text(self, origin: str) -> None:
+        special = {self.ids.bos, self.ids.eos, self.ids.mask}
+        for text in (self._tokenizer.id_to_token(i) for i in special):
+            if special.intersection(self.encode(text)):
+                raise UserError(f"{origin} reads the text {text!r} as the special token; mark it as special there")
+
+
+def load_tokenizer(directory_or_name: epath.PathLike) -> Tokenizer:
+    """`bytes`, or the tokenizer in a `tokenizer.json` or in a folder that holds one.
+
+    Raises:
+      UserError: nothing is there, or it is no tokenizer with BOS and EOS.
+    """
+    if directory_or_name == "bytes":
+        return bytes_tokenizer()
+    path = epath.Path(directory_or_name)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.exists():
+        raise UserError(
+            f"data.tokenizer is {str(directory_or_name)!r}; allowed: {TRAINED}, bytes, or the path of a tokenizer.json"
+        )
+    return Tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with GPT-2's pre-tokenisation: no text is unknown to it, and decoding restores every text.
+
+    The vocabulary has `<|endoftext|>` (id 0), the 256 bytes and merges up to `vocab_size`; fewer where the documents
+    hold fewer pairs. The same documents in the same order give the same tokenizer.
+
+    Raises:
+      UserError: `vocab_size` has no room for the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise UserError(f"data.vocab_size is {vocab_size}; allowed: {len(alphabet) + 1} or more (bytes and EOS)")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return Tokenizer(tokenizer.to_str(pretty=True), origin="the trained BPE")
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Ids 0..255 are the bytes of UTF-8, 256 is `<|endoftext|>`; V = 258 with the mask."""
+    vocabulary = {character: byte for byte, character in _byte_characters().items()}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(tokenizer.to_str(pretty=True), origin="the bytes tokenizer")
+
+
+@functools.cache
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for every byte: itself where printable, else the next free code point from 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, origin: str) -> SpecialIds:
+    """Finds BOS, EOS and mask, and gives `tokenizer` a mask token if it has none."""
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values(), default=-1) != len(vocabulary) - 1:
+        raise UserError(f"{origin} has {len(vocabulary)} tokens but ids up to {max(vocabulary.values())}; no gaps allowed")
+    pair = next((pair for pair in _BOS_EOS if vocabulary.keys() >= set(pair)), None)
+    if pair is None:
+        raise UserError(f"{origin} has no BOS and EOS; allowed: {', '.join(' and '.join(pair) for pair in _BOS_EOS)}")
+    mask = next((name for name in _MASKS if name in vocabulary), MASK)
+    tokenizer.add_special_tokens([*dict.fromkeys(pair), mask])
+    token_to_id = tokenizer.token_to_id
+    return SpecialIds(token_to_id(pair[0]), token_to_id(pair[1]), token_to_id(mask), tokenizer.get_vocab_size())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
