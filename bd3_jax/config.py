@@ -6,6 +6,7 @@ that tie fields together. Nothing behind it sees a ConfigDict.
 
 import dataclasses
 import difflib
+import math
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import ml_collections
@@ -149,6 +150,13 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
     return resolved
 
 
+def unknown(name: str, allowed: list[str], path: str) -> UserError:
+    """The error for `name`, which is none of the `allowed` settings of the group `path`."""
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {path}.{near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+    return UserError(f"unknown setting {path}.{name}; {hint}")
+
+
 def _block_size(settings: dict[str, Any]) -> Any:
     """0 stands for the only block size an objective has: 1 for AR, L for MDLM and SEDD."""
     own = {"ar": 1, "mdlm": settings["model"].get("length"), "sedd": settings["model"].get("length")}
@@ -162,9 +170,7 @@ def _build(cls: type[T], settings: dict[str, Any], path: str) -> T:
     fields = {field.name: field.type for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {path}.{near[0]}?" if near else f"allowed: {', '.join(fields)}"
-            raise UserError(f"unknown setting {path}.{name}; {hint}")
+            raise unknown(name, list(fields), path)
     for name in fields:
         if name not in settings:
             raise UserError(f"missing setting {path}.{name}")
@@ -184,6 +190,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise UserError(f"{path} must be of type {kind.__name__}, found {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{path} must be finite, found {value!r}")
     return value
 
 
@@ -201,6 +209,9 @@ def _check(c: Config) -> None:
         group, name = path.split(".")
         value = getattr(getattr(c, group), name)
         require(0 <= value < 1, path, value, "0 <= x < 1")
+
+    for path, seed in (("seed", c.seed), ("eval.seed", c.eval.seed), ("sampling.seed", c.sampling.seed)):
+        require(0 <= seed < 2**32, path, seed, "0 <= seed < 2**32")
 
     m, n, length = c.model, c.noise, c.model.length
     for path in ("model.length", "model.width", "model.num_layers", "model.num_heads", "model.cond_dim"):
@@ -221,14 +232,17 @@ def _check(c: Config) -> None:
     require(0 < n.low <= n.high <= 1, "noise.low, noise.high", (n.low, n.high), "0 < low <= high <= 1")
     if n.resample:
         counts = [k for k in range(c.block_size + 1) if _fits(k, c.block_size, n.low, n.high)]
-        require(bool(counts), "noise.low, noise.high", (n.low, n.high), f"a range that holds k/{c.block_size} for some k")
+        holds = f"a range that holds k/{c.block_size} for some k"
+        require(bool(counts), "noise.low, noise.high", (n.low, n.high), holds)
     if n.schedule != "loglinear":
         full = n.low <= 1e-3 and n.high == 1
         require(full, "noise.schedule", n.schedule, "loglinear where noise.low or noise.high clips the interval")
 
     require(c.data.vocab_size > 0, "data.vocab_size", c.data.vocab_size, "1 or more")
     require(c.data.corpus != "", "data.corpus", c.data.corpus, "the name of a corpus")
+    require(c.data.tokenizer != "", "data.tokenizer", c.data.tokenizer, "the name of a tokenizer")
     require(c.data.directory != "", "data.directory", c.data.directory, "a folder")
+    require(c.eval.split != "", "eval.split", c.eval.split, "the name of a split")
 
     o = c.optimizer
     require(o.learning_rate > 0, "optimizer.learning_rate", o.learning_rate, "above 0")

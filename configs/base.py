@@ -74,7 +74,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
             eval=dict(
                 split="validation",
                 batch_size=16,
-                num_batches=100,  # of a validation during training; 0: the whole split (--mode=eval always reads it whole)
+                num_batches=100,  # of a validation during training; 0: the whole split, as --mode=eval always reads it
                 estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
                 seed=0,
                 weights="ema",  # ema or raw
@@ -105,7 +105,7 @@ def parse(string: str) -> tuple[str, int]:
     """'bd3lm,block_size=8' -> ('bd3lm', 8)."""
     objective, *options = string.split(",")
     if objective not in _SAMPLING:
-        raise UserError(f"config string {string!r}: objective must be one of {', '.join(_SAMPLING)}, found {objective!r}")
+        raise UserError(f"config string {string!r}: found {objective!r}, allowed: {', '.join(_SAMPLING)}")
     block_size = 0
     for option in options:
         name, _, value = option.partition("=")

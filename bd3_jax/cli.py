@@ -1,0 +1,59 @@
+"""The command `bd3 VERB ARGS`; nothing but wiring."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from absl import flags
+
+from bd3_jax import command_line
+from bd3_jax import main as entry
+from bd3_jax.errors import UserError
+
+
+class Verb(NamedTuple):
+    summary: str
+    run: Callable[[Sequence[str]], None]  # takes what follows the verb
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Turns a corpus into rows of tokens.
+
+    bd3 prepare --config=FILE.py[:STRING] [--config.data.NAME=VALUE ...]
+    """
+    config = command_line.parse(argv, flags.FlagValues(), usage=prepare.__doc__ or "")
+    from bd3_jax.data.prepare import prepare as prepare_rows
+
+    prepare_rows(config.data, config.model.length)
+
+
+VERBS = {
+    "prepare": Verb("turn a corpus into rows of tokens", prepare),
+    "train": Verb("train a model, or train it on", partial(entry.run, mode="train")),
+    "eval": Verb("likelihood and perplexity of a checkpoint on a prepared split", partial(entry.run, mode="eval")),
+    "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs argv (without the program's name; sys.argv by default) and returns the exit status."""
+    return command_line.exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("--help", "-h"):
+        print("usage: bd3 VERB ARGS (bd3 VERB --help tells which)\n")
+        print("\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items()))
+        return
+    name, *rest = argv
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {name!r}; {hint}")
+    VERBS[name].run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

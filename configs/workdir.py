@@ -1,0 +1,22 @@
+"""The settings of an earlier run, as it left them in WORKDIR/config.json. Used where --config is not given.
+
+bd3 sample --workdir=runs/quickstart --config.sampling.nucleus=0.8
+"""
+
+import json
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from bd3_jax.errors import UserError
+
+
+def get_config(workdir: str) -> ConfigDict:
+    path = epath.Path(workdir) / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold an object of settings, found {type(settings).__name__}")
+    return ConfigDict(settings)
