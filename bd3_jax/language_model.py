@@ -50,6 +50,11 @@ class LanguageModel:
         """L, the training context in tokens."""
         return self.network.model.length
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether evaluation gives the likelihood itself, with nothing drawn: AR, and BD3-LM at B = 1."""
+        return self.objective == "ar" or self.block_size == 1
+
     def hidden(
         self,
         params: Params,
@@ -112,12 +117,12 @@ class LanguageModel:
     ) -> Float[Array, "b L"]:
         """One estimate of every token's negative log-likelihood (bound), nats, without dropout.
 
-        AR, and BD3-LM at B = 1, are exact and draw nothing; elsewhere `estimator` is monte_carlo or low_variance.
+        `estimator` is monte_carlo or low_variance; the key and it are not used where `is_exact`.
         """
         args = (x0, self.block_size, self.noise, self.ids.mask)
         if self.objective == "ar":
             draw = None
-        elif self.block_size == 1:
+        elif self.is_exact:
             draw = likelihood.draw_all_masked(*args)
         elif estimator == "low_variance":
             draw = likelihood.draw_low_variance(key, *args)

@@ -1,0 +1,178 @@
+"""Likelihood of held-out rows: nats per token, perplexity, and how sure the figures are."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from tqdm import tqdm
+
+from bd3_jax.checkpoints import orbax
+from bd3_jax.config import Config, EvalConfig
+from bd3_jax.data.pipeline import Dataset, eval_batches, open_dataset
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.models.transformer import Params
+from bd3_jax.training.logging import append_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A likelihood with what is needed to obtain it again.
+
+    Attributes:
+      nll: nats per counted token, pooled: all losses over all counted tokens.
+      standard_error: of `nll`, from the spread over sequences; it holds the noise of the estimator too.
+      tokens: how many were counted.
+      sequences: rows of L tokens they came from.
+      estimator: 'exact' for AR and for BD3-LM at B = 1; else the estimator of the NELBO, an upper bound of the NLL.
+      split: of the prepared data.
+      insert_special: whether rows begin with BOS and end with EOS.
+      insert_eos: whether EOS follows every document.
+      first_counted: whether the loss of position 0 counts.
+    """
+
+    nll: float
+    standard_error: float
+    tokens: int
+    sequences: int
+    estimator: str
+    split: str
+    insert_special: bool
+    insert_eos: bool
+    first_counted: bool
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.nll / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return float(np.exp(self.nll))
+
+    @property
+    def perplexity_standard_error(self) -> float:
+        """By the delta method: perplexity * standard_error."""
+        return self.perplexity * self.standard_error
+
+    def record(self) -> dict[str, Any]:
+        """Flat names for a line of `metrics.jsonl`."""
+        derived = ("bits_per_token", "perplexity", "perplexity_standard_error")
+        values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        return {f"eval/{name}": value for name, value in values.items()}
+
+    def table(self) -> str:
+        """For the terminal: a line for each figure."""
+        bound = "exact" if self.estimator == "exact" else f"upper bound, {self.estimator} estimate"
+        rows = {
+            "NLL": f"{self.nll:.4f} +- {self.standard_error:.4f} nats per token ({bound})",
+            "bits per token": f"{self.bits_per_token:.4f}",
+            "perplexity": f"{self.perplexity:.3f} +- {self.perplexity_standard_error:.3f}",
+            "tokens counted": f"{self.tokens:,} in {self.sequences:,} rows of the {self.split} split, "
+            f"position 0 {'included' if self.first_counted else 'left out'}",
+            "special tokens": f"BOS and EOS around rows: {_yes(self.insert_special)}; "
+            f"EOS after documents: {_yes(self.insert_eos)}",
+        }
+        return "\n".join(f"{name:<15} {value}" for name, value in rows.items())
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[float, float]:
+    """Ratio estimate sum(losses) / sum(counts) over n sequences, and its standard error (nan for one sequence)."""
+    n, total = len(losses), counts.sum()
+    mean = losses.sum() / total
+    residuals = losses - mean * counts
+    error = math.sqrt(n / (n - 1) * (residuals**2).sum()) / total if n > 1 else math.nan
+    return float(mean), float(error)
+
+
+def evaluate_params(
+    lm: LanguageModel,
+    params: Params,
+    dataset: Dataset,
+    config: EvalConfig,
+    num_batches: int = 0,
+    sharding: jax.sharding.NamedSharding | None = None,
+    progress: bool = False,
+) -> Result:
+    """Evaluates parameters on the first `num_batches` batches of a prepared split (0: all of it), without dropout.
+
+    Batch i draws its noise from fold_in(config.seed, i), so the figures repeat; rows that pad the last batch do not
+    count.
+
+    Args:
+      lm: the model that `params` belong to.
+      params: on one device or sharded over a mesh.
+      dataset: an opened split.
+      config: estimator, seed and batch size.
+      num_batches: 0 for the whole split.
+      sharding: of the batches `[b, L]`, where params are spread over a mesh.
+      progress: whether to show a bar.
+    """
+    sum_losses = _compiled(lm, config.estimator, sharding)
+    key = jax.random.key(config.seed)
+    sums = []
+    batches = eval_batches(dataset, config.batch_size, num_batches)
+    total = -(-len(dataset.rows) // config.batch_size)
+    total = min(num_batches, total) if num_batches else total
+    for index, (rows, is_real) in enumerate(tqdm(batches, "evaluating", total, disable=not progress, leave=False)):
+        batch = jnp.asarray(rows) if sharding is None else jax.device_put(rows, sharding)
+        sums.append(np.asarray(sum_losses(params, batch, jax.random.fold_in(key, index)), np.float64)[is_real])
+    losses = np.concatenate(sums)
+    counts = np.full(losses.shape, int(lm.counted(lm.length).sum()))
+    nll, error = pool(losses, counts)
+    return Result(
+        nll=nll,
+        standard_error=error,
+        tokens=int(counts.sum()),
+        sequences=len(losses),
+        estimator="exact" if lm.is_exact else config.estimator,
+        split=dataset.split,
+        insert_special=dataset.manifest.insert_special,
+        insert_eos=dataset.manifest.insert_eos,
+        first_counted=bool(lm.counted(lm.length)[0]),
+    )
+
+
+@functools.cache
+def _compiled(
+    lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None
+) -> Callable[[Params, Int[Array, "b L"], PRNGKeyArray], Float[Array, "b"]]:
+    """Summed losses of the counted tokens of every row, nats; on every host, where a mesh spans several."""
+
+    def sum_losses(params: Params, rows: Int[Array, "b L"], key: PRNGKeyArray) -> Float[Array, "b"]:
+        losses = lm.eval_losses(params, rows, key, estimator)
+        return jnp.where(lm.counted(rows.shape[1]), losses, 0).sum(-1)
+
+    if sharding is None:
+        return jax.jit(sum_losses)
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(sum_losses, out_shardings=everywhere)
+
+
+def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
+    """Evaluates the latest checkpoint of a run on the whole of `config.eval.split`, prints and records the figures.
+
+    Returns:
+      the record that was appended to `workdir/metrics.jsonl`: `step`, `eval/nll`, `eval/perplexity` and the like.
+
+    Raises:
+      UserError: if there is no checkpoint or no prepared split, or they do not fit the settings.
+    """
+    dataset = open_dataset(config.data, config.model.length, config.eval.split)
+    params, step = orbax.restore_params(workdir, config.eval.weights)
+    lm = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    result = evaluate_params(lm, params, dataset, config.eval, progress=True)
+    print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+    record = {"step": step, **result.record()}
+    append_record(workdir, record)
+    return record
