@@ -68,8 +68,8 @@ def load(path: str) -> ConfigDict:
       UserError: if there is no such file, or it fails, or its `get_config` returns no ConfigDict.
     """
     name, *argument = path.split(":", 1)
-    file = Path(name)
-    if not file.is_file() and file.parent == Path("configs"):
+    file = Path(name).absolute()
+    if not file.is_file() and Path(name).parent == Path("configs"):
         file = _installed() / file.name
     if not file.is_file() or file.suffix != ".py":
         known = sorted(f"configs/{found.name}" for found in _installed().glob("[a-z]*.py") if found.stem != "workdir")

@@ -1,0 +1,167 @@
+"""Every config file resolves for every objective; every impossible setting is refused by name."""
+
+import importlib
+import json
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+import bd3_jax.configs
+from bd3_jax.config import SAMPLERS, Config, from_config_dict
+from bd3_jax.configs import base
+from bd3_jax.errors import UserError
+
+CONFIGS = sorted(
+    path.stem for path in Path(bd3_jax.configs.__file__).parent.glob("[a-z]*.py") if path.stem != "workdir"
+)
+STRINGS = ("ar", "mdlm", "sedd", "bd3lm,block_size=4")
+
+
+def resolve(string: str = "bd3lm,block_size=16", **overrides: object) -> Config:
+    """The base config with overrides such as model__width=3."""
+    settings = base.get_config(string).to_dict()
+    for name, value in overrides.items():
+        *groups, field = name.split("__")
+        node = settings
+        for group in groups:
+            node = node[group]
+        node[field] = value
+    return from_config_dict(ml_collections.ConfigDict(settings))
+
+
+@pytest.mark.parametrize("string", STRINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_resolves(name, string):
+    module = importlib.import_module(f"bd3_jax.configs.{name}")
+    config = from_config_dict(module.get_config(string))
+    assert config.objective == string.split(",")[0]
+    assert config.block_size == {"ar": 1, "bd3lm": 4}.get(config.objective, config.model.length)
+    assert config.sampling.sampler in SAMPLERS[config.objective]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_has_a_default_string(name):
+    module = importlib.import_module(f"bd3_jax.configs.{name}")
+    assert isinstance(from_config_dict(module.get_config()), Config)
+
+
+def test_a_config_survives_json():
+    config = resolve()
+    again = from_config_dict(ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    assert again == config
+
+
+def test_an_integer_stands_for_a_float():
+    dropout = resolve(model__dropout=0).model.dropout
+    assert dropout == 0.0
+    assert isinstance(dropout, float)
+
+
+IMPOSSIBLE = [
+    # overrides, what the message must name
+    (dict(model__widht=3), "unknown setting config.model.widht; did you mean config.model.width?"),
+    (dict(modle=3), "unknown setting config.modle; did you mean config.model?"),
+    (dict(zzz=3), "unknown setting config.zzz; allowed: objective, block_size"),
+    (dict(model=3), "config.model must be a group of settings, found 3"),
+    (dict(model__width="wide"), "config.model.width must be of type int, found 'wide'"),
+    (dict(model__width=64.0), "config.model.width must be of type int, found 64.0"),
+    (dict(model__width=True), "config.model.width must be of type int, found True"),
+    (dict(model__dropout=True), "config.model.dropout must be of type float, found True"),
+    (dict(noise__resample=1), "config.noise.resample must be of type bool, found 1"),
+    (dict(optimizer__learning_rate=float("inf")), "config.optimizer.learning_rate must be finite"),
+    (dict(noise__high=float("nan")), "config.noise.high must be finite"),
+    (dict(objective="gpt"), "config.objective must be one of ar, mdlm, sedd, bd3lm; found 'gpt'"),
+    (dict(noise__schedule="linear"), "config.noise.schedule must be one of loglinear, square"),
+    (dict(model__width=0), "config.model.width is 0; allowed: 1 or more"),
+    (dict(model__width=100), "config.model.num_heads is 12; allowed: a divisor of model.width = 100"),
+    (dict(model__width=36), "config.model.num_heads is 12; allowed: an even width per head"),
+    (dict(model__dropout=1.0), "config.model.dropout is 1.0; allowed: 0 <= x < 1"),
+    (dict(block_size=7), "config.block_size is 7; allowed: a divisor of model.length = 1024"),
+    (dict(block_size=0), "config.block_size is 0; allowed: a divisor of model.length = 1024"),
+    (dict(block_size=-16), "config.block_size is -16; allowed: a divisor"),
+    (dict(block_size=2048), "config.block_size is 2048; allowed: a divisor"),
+    (dict(noise__low=0.0), "config.noise.low, noise.high is (0.0, 1.0); allowed: 0 < low <= high <= 1"),
+    (dict(noise__low=0.6, noise__high=0.5), "config.noise.low, noise.high is (0.6, 0.5)"),
+    (dict(noise__low=0.51, noise__high=0.52, noise__resample=True), "a range that holds k/16 for some k"),
+    (dict(noise__schedule="cosine", noise__high=0.5), "config.noise.schedule is 'cosine'; allowed: loglinear"),
+    (dict(data__corpus=""), "config.data.corpus"),
+    (dict(data__tokenizer=""), "config.data.tokenizer"),
+    (dict(data__directory=""), "config.data.directory"),
+    (dict(data__vocab_size=0), "config.data.vocab_size"),
+    (dict(optimizer__learning_rate=0.0), "config.optimizer.learning_rate is 0.0; allowed: above 0"),
+    (dict(optimizer__ema_decay=1.0), "config.optimizer.ema_decay is 1.0; allowed: 0 <= x < 1"),
+    (dict(optimizer__warmup_steps=-1), "config.optimizer.warmup_steps is -1; allowed: 0 or more"),
+    (dict(optimizer__clip_norm=0.0), "config.optimizer.clip_norm"),
+    (dict(training__batch_size=0), "config.training.batch_size is 0; allowed: 1 or more"),
+    (dict(training__log_every=0), "config.training.log_every"),
+    (dict(eval__split=""), "config.eval.split"),
+    (dict(eval__num_batches=-1), "config.eval.num_batches is -1; allowed: 0 or more"),
+    (dict(sampling__sampler="analytic"), "config.sampling.sampler is 'analytic'; allowed: first_hitting, ancestral"),
+    (dict(sampling__sampler="beam"), "config.sampling.sampler must be one of"),
+    (dict(sampling__nucleus=0.0), "config.sampling.nucleus is 0.0; allowed: 0 < P <= 1"),
+    (dict(sampling__temperature=0.0), "config.sampling.temperature is 0.0; allowed: above 0"),
+    (dict(sampling__max_length=1), "config.sampling.max_length is 1; allowed: 2 or more"),
+    (dict(sampling__weights="best"), "config.sampling.weights must be one of ema, raw; found 'best'"),
+    (dict(sampling__seed=-1), "config.sampling.seed is -1; allowed: 0 <= seed < 2**32"),
+    (dict(seed=2**32), "config.seed is 4294967296; allowed: 0 <= seed < 2**32"),
+    (dict(mesh__data=0), "config.mesh.data is 0; allowed: 1 or more, or -1"),
+    (dict(mesh__fsdp=0), "config.mesh.fsdp is 0; allowed: 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE, ids=[str(case[0]) for case in IMPOSSIBLE])
+def test_impossible_settings_are_refused_by_name(overrides, message):
+    with pytest.raises(UserError) as error:
+        resolve(**overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("objective", SAMPLERS)
+@pytest.mark.parametrize("sampler", sorted({name for names in SAMPLERS.values() for name in names}))
+def test_a_sampler_must_fit_the_objective(objective, sampler):
+    string = "bd3lm,block_size=16" if objective == "bd3lm" else objective
+    if sampler in SAMPLERS[objective]:
+        assert resolve(string, sampling__sampler=sampler).sampling.sampler == sampler
+    else:
+        with pytest.raises(UserError, match=f"for objective {objective}"):
+            resolve(string, sampling__sampler=sampler)
+
+
+@pytest.mark.parametrize(("string", "only"), [("ar", 1), ("mdlm", 1024), ("sedd", 1024)])
+def test_other_objectives_have_one_block_size(string, only):
+    assert resolve(string).block_size == only
+    assert resolve(string, block_size=only).block_size == only
+    with pytest.raises(UserError, match=rf"block_size is 16; allowed: {only} \(or 0\)"):
+        resolve(string, block_size=16)
+
+
+def test_the_low_variance_estimator_is_for_masked_diffusion():
+    assert resolve("mdlm", eval__estimator="low_variance").eval.estimator == "low_variance"
+    with pytest.raises(UserError, match=r"eval\.estimator is 'low_variance'; allowed: monte_carlo"):
+        resolve("sedd", eval__estimator="low_variance")
+
+
+def test_a_missing_setting_is_named():
+    config = base.get_config()
+    del config.model.width
+    with pytest.raises(UserError, match=r"missing setting config\.model\.width"):
+        from_config_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("string", "message"),
+    [
+        ("gpt", "found 'gpt', allowed: ar, mdlm, bd3lm, sedd"),
+        ("", "found '', allowed: ar"),
+        ("bd3lm", "bd3lm needs a block size"),
+        ("bd3lm,blocksize=4", "found 'blocksize=4', allowed: block_size=B"),
+        ("bd3lm,block_size=-4", "found 'block_size=-4', allowed: block_size=B"),
+        ("bd3lm,block_size=four", "allowed: block_size=B"),
+    ],
+)
+def test_a_wrong_config_string_is_refused(string, message):
+    with pytest.raises(UserError) as error:
+        base.get_config(string)
+    assert message in str(error.value)
