@@ -91,7 +91,7 @@ class Tokenizer:
 
     def _refuse_special_ids_from_text(self, origin: str) -> None:
         special = {self.ids.bos, self.ids.eos, self.ids.mask}
-        for text in (self._tokenizer.id_to_token(i) for i in special):
+        for text in (name for name, token in self._tokenizer.get_vocab().items() if token in special):
             if special.intersection(self.encode(text)):
                 raise UserError(f"{origin} reads the text {text!r} as the special token; mark it as special there")
 
@@ -158,14 +158,16 @@ def _special_ids(tokenizer: tokenizers.Tokenizer, origin: str) -> SpecialIds:
     """Finds BOS, EOS and mask, and gives `tokenizer` a mask token if it has none."""
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values(), default=-1) != len(vocabulary) - 1:
-        raise UserError(f"{origin} has {len(vocabulary)} tokens but ids up to {max(vocabulary.values())}; no gaps allowed")
+        raise UserError(
+            f"{origin} has {len(vocabulary)} tokens but ids up to {max(vocabulary.values())}; no gaps allowed"
+        )
     pair = next((pair for pair in _BOS_EOS if vocabulary.keys() >= set(pair)), None)
     if pair is None:
         raise UserError(f"{origin} has no BOS and EOS; allowed: {', '.join(' and '.join(pair) for pair in _BOS_EOS)}")
     mask = next((name for name in _MASKS if name in vocabulary), MASK)
     tokenizer.add_special_tokens([*dict.fromkeys(pair), mask])
-    token_to_id = tokenizer.token_to_id
-    return SpecialIds(token_to_id(pair[0]), token_to_id(pair[1]), token_to_id(mask), tokenizer.get_vocab_size())
+    vocabulary = tokenizer.get_vocab()
+    return SpecialIds(vocabulary[pair[0]], vocabulary[pair[1]], vocabulary[mask], len(vocabulary))
 
 
 def _one_line(error: Exception) -> str:

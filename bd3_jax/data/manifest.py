@@ -1,0 +1,130 @@
+"""`manifest.json`: how a folder of token rows was made, and what is in it. Checked whenever rows are read."""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from bd3_jax.config import DataConfig
+from bd3_jax.data.corpora import get_corpus
+from bd3_jax.data.tokenizers import TRAINED, SpecialIds
+from bd3_jax.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+# Settings that decide what the rows are, under the names by which a user knows them.
+_NAMES = {
+    "corpus": "data.corpus",
+    "source": "data.source",
+    "tokenizer": "data.tokenizer",
+    "vocab_size": "data.vocab_size",
+    "length": "model.length",
+    "insert_special": "data.insert_special",
+    "insert_eos": "data.insert_eos",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """The settings that rows depend on."""
+
+    corpus: str
+    source: str  # only compared when preparing: rows may be read where their source is not
+    tokenizer: str
+    vocab_size: int  # asked of a tokenizer that is trained on the corpus; 0 for any other
+    length: int  # L
+    insert_special: bool
+    insert_eos: bool
+
+    @classmethod
+    def of(cls, data: DataConfig, length: int) -> "RowSettings":
+        """Raises UserError for an unknown corpus or rows without room for a token."""
+        tokenizer = data.tokenizer or get_corpus(data.corpus).tokenizer
+        if data.insert_special and length < 3:
+            raise UserError(
+                f"model.length is {length}; allowed with data.insert_special: 3 or more (BOS, a token, EOS)"
+            )
+        return cls(
+            corpus=get_corpus(data.corpus).name,
+            source=data.source,
+            tokenizer=tokenizer,
+            vocab_size=data.vocab_size if tokenizer == TRAINED else 0,
+            length=length,
+            insert_special=data.insert_special,
+            insert_eos=data.insert_eos,
+        )
+
+    def require(self, wanted: "RowSettings", directory: epath.Path, advice: str) -> None:
+        """Raises UserError that names the first setting in which `wanted` differs from what `directory` was made with.
+
+        An empty source stands for the corpus' usual place and differs from no other.
+        """
+        for field, name in _NAMES.items():
+            found, asked = getattr(self, field), getattr(wanted, field)
+            if found != asked and not (field == "source" and "" in (found, asked)):
+                raise UserError(f"{directory} was prepared with {name} = {found!r}, but it is {asked!r}; {advice}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitCounts:
+    """`tokens` counts EOS after documents, not BOS and EOS of rows; `dropped` of them fill no row."""
+
+    documents: int
+    tokens: int
+    rows: int
+    dropped: int
+
+    def __add__(self, other: "SplitCounts") -> "SplitCounts":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return SplitCounts(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    settings: RowSettings
+    licence: str  # of the corpus' text
+    fingerprint: str  # of the tokenizer
+    ids: SpecialIds
+    splits: dict[str, SplitCounts]
+
+    def save(self, directory: epath.Path) -> None:
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def describe(self) -> str:
+        """A few lines for the terminal."""
+        s = self.settings
+        lines = [
+            f"{s.corpus} (licence: {self.licence}), tokenizer {s.tokenizer}, V = {self.ids.vocab_size:,} with the mask",
+            f"  rows of {s.length} tokens, {'BOS and EOS in every row' if s.insert_special else 'no BOS or EOS added'}, "
+            f"{'EOS after every document' if s.insert_eos else 'nothing between documents'}",
+        ]
+        lines += [
+            f"  {name}: {n.documents:,} documents, {n.tokens:,} tokens, {n.rows:,} rows; {n.dropped:,} tokens dropped"
+            for name, n in self.splits.items()
+        ]
+        return "\n".join(lines)
+
+
+def is_prepared(directory: epath.Path) -> bool:
+    return (directory / FILE_NAME).exists()
+
+
+def load_manifest(directory: epath.Path) -> Manifest:
+    """Raises UserError where the file is damaged or of another format."""
+    path = directory / FILE_NAME
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format")
+        if version != FORMAT:
+            raise UserError(f"{path} has format {version}; allowed: {FORMAT} (prepare the corpus anew)")
+        return Manifest(
+            settings=RowSettings(**content.pop("settings")),
+            ids=SpecialIds(**content.pop("ids")),
+            splits={name: SplitCounts(**counts) for name, counts in content.pop("splits").items()},
+            **content,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the corpus anew") from None

@@ -1,0 +1,113 @@
+"""Prepared rows -> batches, through Grain.
+
+Training reads one endless sequence of rows: epoch after epoch, each in an order of its own that follows from the seed.
+Row n of it is the same for any number of hosts and threads, so the number of rows consumed is the whole state of the
+pipeline: batch k holds rows [start + k b, start + (k + 1) b), and each host reads its slice of it.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from jaxtyping import Bool, Int32
+
+from bd3_jax.config import DataConfig
+from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
+from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3_jax.errors import UserError
+
+# Batches that are read ahead, and threads that read them: enough to hide a slow file system.
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One split of a prepared corpus, with random access to its rows."""
+
+    directory: epath.Path
+    split: str
+    manifest: Manifest
+    tokenizer: Tokenizer
+    rows: Any  # TFDS data source: rows[i]["tokens"] [L]; rows.__getitems__ reads several at once
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: Sequence[int]) -> Int32[np.ndarray, "b L"]:
+        """The rows at `indices`, each in [0, len(self))."""
+        rows = np.zeros((len(indices), self.manifest.settings.length), np.int32)
+        for place, row in enumerate(self.rows.__getitems__(list(indices))):
+            rows[place] = row["tokens"]
+        return rows
+
+
+def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
+    """Opens a split of `data.directory` after checking that it was made with the given settings.
+
+    Raises:
+      UserError: nothing is prepared there, or with other settings, or the split is unknown or has no rows.
+    """
+    directory = epath.Path(data.directory)
+    if not is_prepared(directory):
+        raise UserError(
+            f"data.directory is {data.directory!r}, where nothing is prepared; run: bd3 prepare --config=..."
+        )
+    manifest = load_manifest(directory)
+    wanted = dataclasses.replace(RowSettings.of(data, length), source="")
+    manifest.settings.require(wanted, directory, "prepare it so in another data.directory, or change the setting")
+    if split not in manifest.splits:
+        raise UserError(f"{directory} has no split {split!r}; allowed: {', '.join(manifest.splits)}")
+    counts = manifest.splits[split]
+    if counts.rows == 0:
+        raise UserError(f"split {split!r} of {directory} has {counts.tokens} tokens, too few for a row of {length}")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    if tokenizer.fingerprint != manifest.fingerprint:
+        raise UserError(f"{directory / 'tokenizer'} is not the tokenizer that {directory} was prepared with")
+    rows = tfds.builder_from_directory(directory).as_data_source(split)
+    return Dataset(directory, split, manifest, tokenizer, rows)
+
+
+def train_batches(
+    dataset: Dataset, batch_size: int, seed: int, start_row: int, process_index: int, process_count: int
+) -> Iterator[Int32[np.ndarray, "local_b L"]]:
+    """This host's slices of the global batches, without end.
+
+    Args:
+      dataset: any number of rows; a batch may span several epochs.
+      batch_size: rows of a global batch, over all hosts. Host p reads rows [p b // P, (p + 1) b // P) of it.
+      seed: of the order.
+      start_row: rows consumed before, over all hosts; 0 at the start of training.
+      process_index: p, this host.
+      process_count: P, at most `batch_size`.
+    """
+    if process_count > batch_size:
+        raise UserError(f"training.batch_size is {batch_size}; allowed: {process_count} or more, a row for every host")
+    low, high = (p * batch_size // process_count for p in (process_index, process_index + 1))
+    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
+
+    def read(first: int) -> Int32[np.ndarray, "local_b L"]:
+        return dataset.read([order[n] for n in range(first + low, first + high)])
+
+    return iter(grain.MapDataset.range(start_row, sys.maxsize, batch_size).map(read).to_iter_dataset(_READ_OPTIONS))
+
+
+def eval_batches(
+    dataset: Dataset, batch_size: int, num_batches: int
+) -> Iterator[tuple[Int32[np.ndarray, "b L"], Bool[np.ndarray, " b"]]]:
+    """The first `num_batches` batches in order (0: all), each with what is a row and what only fills the last batch.
+
+    All batches have the same shape; filling rows repeat the last row and are to be left out of every count.
+    """
+    count = -(-len(dataset) // batch_size)
+    count = min(count, num_batches) if num_batches else count
+
+    def read(batch: int) -> tuple[Int32[np.ndarray, "b L"], Bool[np.ndarray, " b"]]:
+        indices = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        return dataset.read(np.minimum(indices, len(dataset) - 1).tolist()), indices < len(dataset)
+
+    return iter(grain.MapDataset.range(count).map(read).to_iter_dataset(_READ_OPTIONS))

