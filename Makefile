@@ -6,8 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 
-# Tests run on the CPU whatever the machine has, and speak to nobody.
-TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -22,8 +21,8 @@ help: ## list the targets
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; give one as in: make PYTHON=/usr/bin/python3.11" >&2; exit 2; }
 	@echo "Installing the pinned dependencies into .venv with $(PYTHON) (about a minute)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --requirement requirements.lock
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python $(PIP) --requirement requirements.lock
+	@$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 quickstart: .venv ## prepare a corpus, train, evaluate and sample a small model (ten minutes on two cores)
@@ -36,10 +35,10 @@ check: .venv ## formatting, lint, types, import directions
 	$(BIN)/lint-imports
 
 test: check ## check, then the test suite without the slow tests
-	$(TEST_ENV) $(PYTEST) -m "not slow" -n $(WORKERS) $(ARGS)
+	$(PYTEST) -m "not slow" -n $(WORKERS) $(ARGS)
 
 test-all: test ## test, then the slow tests
-	$(TEST_ENV) $(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 format: .venv ## format the code and apply what the linter can fix
 	$(BIN)/ruff check --fix .
@@ -47,10 +46,10 @@ format: .venv ## format the code and apply what the linter can fix
 
 lock: ## write requirements.lock anew from setup.py's ranges
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
-	@build/lock/bin/python -m pip --disable-pip-version-check install --quiet --upgrade setuptools
-	@build/lock/bin/python -m pip --disable-pip-version-check install --quiet '.[dev]'
+	@build/lock/bin/python $(PIP) --upgrade setuptools
+	@build/lock/bin/python $(PIP) --editable '.[dev]'
 	@{ sed '/^[^#]/,$$d' requirements.lock; \
-	   build/lock/bin/python -m pip freeze --all --exclude bd3_jax --exclude pip; } > build/requirements.lock
+	   build/lock/bin/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel; } > build/requirements.lock
 	@mv build/requirements.lock requirements.lock
 
 clean: ## remove the environment, caches and build products (data/ and runs/ stay)
