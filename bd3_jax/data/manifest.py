@@ -98,8 +98,8 @@ class Manifest:
         s = self.settings
         lines = [
             f"{s.corpus} (licence: {self.licence}), tokenizer {s.tokenizer}, V = {self.ids.vocab_size:,} with the mask",
-            f"  rows of {s.length} tokens, {'BOS and EOS in every row' if s.insert_special else 'no BOS or EOS added'}, "
-            f"{'EOS after every document' if s.insert_eos else 'nothing between documents'}",
+            f"  rows of {s.length} tokens, {'BOS and EOS in every row' if s.insert_special else 'no BOS or EOS added'}"
+            f", {'EOS after every document' if s.insert_eos else 'nothing between documents'}",
         ]
         lines += [
             f"  {name}: {n.documents:,} documents, {n.tokens:,} tokens, {n.rows:,} rows; {n.dropped:,} tokens dropped"

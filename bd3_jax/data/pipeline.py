@@ -80,7 +80,7 @@ def train_batches(
     Args:
       dataset: any number of rows; a batch may span several epochs.
       batch_size: rows of a global batch, over all hosts. Host p reads rows [p b // P, (p + 1) b // P) of it.
-      seed: of the order.
+      seed: of the order, modulo 2^32.
       start_row: rows consumed before, over all hosts; 0 at the start of training.
       process_index: p, this host.
       process_count: P, at most `batch_size`.
@@ -88,7 +88,7 @@ def train_batches(
     if process_count > batch_size:
         raise UserError(f"training.batch_size is {batch_size}; allowed: {process_count} or more, a row for every host")
     low, high = (p * batch_size // process_count for p in (process_index, process_index + 1))
-    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
+    order = grain.MapDataset.range(len(dataset)).seed(seed % 2**32).shuffle().repeat()
 
     def read(first: int) -> Int32[np.ndarray, "local_b L"]:
         return dataset.read([order[n] for n in range(first + low, first + high)])

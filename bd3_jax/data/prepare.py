@@ -68,6 +68,8 @@ def prepare(data: DataConfig, length: int) -> Manifest:
         except UserError:  # what is wrong will be set right, and the input will then be another
             unfinished.rmtree()
             raise
+    if directory.exists():  # and is empty
+        directory.rmdir()
     unfinished.rename(directory)
     print(f"Prepared: {directory}\n{manifest.describe()}")
     return manifest

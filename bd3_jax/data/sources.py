@@ -66,7 +66,7 @@ class Wheel:
 
     def _download(self, scratch: epath.Path) -> epath.Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-        command += ["--disable-pip-version-check", "--dest", str(scratch), self.requirement]
+        command += ["--disable-pip-version-check", "--retries=2", "--dest", str(scratch), self.requirement]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = sorted(scratch.glob("*.whl"))
         if result.returncode != 0 or len(wheels) != 1:

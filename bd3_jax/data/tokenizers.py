@@ -91,7 +91,7 @@ class Tokenizer:
 
     def _refuse_special_ids_from_text(self, origin: str) -> None:
         special = {self.ids.bos, self.ids.eos, self.ids.mask}
-        for text in (name for name, token in self._tokenizer.get_vocab().items() if token in special):
+        for text in sorted(name for name, token in self._tokenizer.get_vocab().items() if token in special):
             if special.intersection(self.encode(text)):
                 raise UserError(f"{origin} reads the text {text!r} as the special token; mark it as special there")
 

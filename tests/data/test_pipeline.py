@@ -1,0 +1,148 @@
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bd3_jax.data.pipeline import eval_batches, open_dataset, train_batches
+from bd3_jax.data.prepare import prepare
+from bd3_jax.errors import UserError
+
+
+@pytest.fixture
+def dataset(data, tmp_path):
+    """150 rows; row n is the number n as text, so that a row tells its number."""
+    folder = tmp_path / "numbers" / "train"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("".join(f"{n:015d}," for n in range(150)))
+    data = dataclasses.replace(data, tokenizer="bytes", source=str(folder.parent), insert_eos=False)
+    prepare(data, 16)
+    return open_dataset(data, 16, "train")
+
+
+def numbers(dataset, batch):
+    return [int(dataset.tokenizer.decode(row)[:-1]) for row in batch]
+
+
+def stream(dataset, batch_size, steps, seed=0, start_row=0, hosts=1):
+    """Numbers of the rows that `hosts` hosts read together in `steps` steps."""
+    readers = [train_batches(dataset, batch_size, seed, start_row, p, hosts) for p in range(hosts)]
+    return [n for _ in range(steps) for reader in readers for n in numbers(dataset, next(reader))]
+
+
+def test_an_epoch_holds_every_row_once_in_a_new_order(dataset):
+    size = len(dataset)
+    order = stream(dataset, batch_size=size, steps=3)
+    epochs = [order[i * size : (i + 1) * size] for i in range(3)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(size)]}) == 4
+    assert stream(dataset, size, 1, seed=1) not in epochs  # a seed is not the next epoch of the seed before
+    assert stream(dataset, size, 1, seed=0) == epochs[0]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 8])
+def test_hosts_read_the_rows_of_one(dataset, hosts):
+    """Batches of 13 divide neither by the hosts nor into the epoch."""
+    steps = len(dataset) // 13 + 5
+    assert stream(dataset, 13, steps, hosts=hosts) == stream(dataset, 13, steps)
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.permutations([1, 2, 3, 8], 2)))
+def test_resumed_on_other_hosts_nothing_is_lost_or_read_twice(dataset, before, after):
+    steps = len(dataset) // 13 + 2
+    whole = stream(dataset, 13, steps)
+    for stop in (1, steps // 2, steps - 1):
+        first = stream(dataset, 13, stop, hosts=before)
+        rest = stream(dataset, 13, steps - stop, start_row=13 * stop, hosts=after)
+        assert first + rest == whole
+
+
+def test_resumed_with_another_batch_size(dataset):
+    first = stream(dataset, 12, 5)
+    assert first + stream(dataset, 20, 2, start_row=60) == stream(dataset, 10, 10)
+
+
+def test_batches(dataset):
+    batch = next(train_batches(dataset, 6, seed=0, start_row=0, process_index=1, process_count=2))
+    assert batch.dtype == np.int32
+    assert batch.shape == (3, 16)
+    with pytest.raises(UserError, match=r"training\.batch_size is 2; allowed: 3 or more"):
+        train_batches(dataset, 2, seed=0, start_row=0, process_index=0, process_count=3)
+
+
+def test_a_batch_may_be_larger_than_the_data(dataset):
+    size = len(dataset)
+    read = stream(dataset, 2 * size + 1, 1)
+    assert sorted(read[:size]) == sorted(read[size : 2 * size]) == list(range(size))
+
+
+def test_evaluation_reads_in_order_and_marks_what_fills(dataset):
+    size = len(dataset)
+    batches = list(eval_batches(dataset, 7, num_batches=0))
+    assert len(batches) == -(-size // 7)
+    assert {(b.shape, b.dtype, real.shape, real.dtype) for b, real in batches} == {
+        ((7, 16), np.dtype(np.int32), (7,), np.dtype(bool))
+    }
+    assert [n for b, real in batches for n in numbers(dataset, b[real])] == list(range(size))
+    assert sum(real.sum() for _, real in batches) == size
+    few = list(eval_batches(dataset, 7, num_batches=2))
+    assert [n for b, _ in few for n in numbers(dataset, b)] == list(range(14))
+    assert len(list(eval_batches(dataset, 7, num_batches=10**6))) == len(batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "split", "message"),
+    [
+        (
+            {"directory": "nowhere"},
+            16,
+            "train",
+            r"data\.directory is 'nowhere', where nothing is prepared; run: bd3 prepare",
+        ),
+        ({}, 16, "trian", r"has no split 'trian'; allowed: train, validation"),
+        ({}, 8, "train", r"model\.length = 16, but it is 8"),
+        ({"tokenizer": "bpe"}, 16, "train", r"data\.tokenizer = 'bytes', but it is 'bpe'"),
+        ({"insert_eos": False}, 16, "train", r"data\.insert_eos = True, but it is False"),
+        ({"insert_special": True}, 16, "train", r"data\.insert_special = False, but it is True"),
+        ({"corpus": "wikipedia_summaries"}, 16, "train", r"data\.corpus = 'files', but it is 'wikipedia_summaries'"),
+    ],
+)
+def test_settings_are_checked_against_the_manifest(data, change, length, split, message):
+    data = dataclasses.replace(data, tokenizer="bytes")
+    prepare(data, 16)
+    with pytest.raises(UserError, match=message):
+        open_dataset(dataclasses.replace(data, **change), length, split)
+    open_dataset(dataclasses.replace(data, source="moved away"), 16, "train")
+
+
+def test_a_damaged_folder_is_refused(data):
+    data = dataclasses.replace(data, tokenizer="bytes")
+    prepare(data, 16)
+    path = Path(data.directory) / "tokenizer" / "tokenizer.json"
+    original = path.read_text()
+    path.write_text(original.replace('"model": {', '"model": {"dropout": 0.5,', 1).replace('"dropout": null,', "", 1))
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        open_dataset(data, 16, "train")
+    path.write_text(original)
+    manifest = Path(data.directory) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"format": 99}))
+    with pytest.raises(UserError, match=r"manifest\.json has format 99; allowed: 1"):
+        open_dataset(data, 16, "train")
+    for damage in ("{", "[]", json.dumps(content | {"ids": {}}), json.dumps(content | {"more": 1})):
+        manifest.write_text(damage)
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            open_dataset(data, 16, "train")
+
+
+def test_a_split_without_rows(data, tmp_path):
+    for split, text in (("train", "much " * 50), ("validation", "little")):
+        (tmp_path / "two" / split).mkdir(parents=True)
+        (tmp_path / "two" / split / "a.txt").write_text(text)
+    data = dataclasses.replace(data, tokenizer="bytes", source=str(tmp_path / "two"))
+    prepare(data, 16)
+    open_dataset(data, 16, "train")
+    with pytest.raises(UserError, match=r"split 'validation' of .* has 7 tokens, too few for a row of 16"):
+        open_dataset(data, 16, "validation")

@@ -1,0 +1,257 @@
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from bd3_jax.data import prepare as module
+from bd3_jax.data.corpora import split_by_hash
+from bd3_jax.data.manifest import load_manifest
+from bd3_jax.data.pipeline import open_dataset
+from bd3_jax.data.prepare import prepare
+from bd3_jax.errors import UserError
+
+
+def rows_of(data, length, split):
+    return open_dataset(data, length, split).read(range(len(open_dataset(data, length, split))))
+
+
+def content_of(directory):
+    return {p.relative_to(directory): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("insert_eos", [True, False])
+@pytest.mark.parametrize("insert_special", [True, False])
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_rows_are_those_of_packing_by_hand(data, documents, tokenizer, insert_special, insert_eos):
+    data = dataclasses.replace(data, tokenizer=tokenizer, insert_special=insert_special, insert_eos=insert_eos)
+    length = 17
+    manifest = prepare(data, length)
+    for split in ("train", "validation"):
+        dataset = open_dataset(data, length, split)
+        ids = dataset.tokenizer.ids
+        stream, count = [], 0
+        for text in documents:
+            if split_by_hash(text) == split:
+                stream += dataset.tokenizer.encode(text) + [ids.eos] * insert_eos
+                count += 1
+        expected = []
+        rest = list(stream)
+        while len(rest) >= (length - 2 if insert_special else length):
+            body = [rest.pop(0) for _ in range(length - 2 if insert_special else length)]
+            expected.append([ids.bos, *body, ids.eos] if insert_special else body)
+        assert rows_of(data, length, split).tolist() == expected
+        assert manifest.splits[split] == module.SplitCounts(count, len(stream), len(expected), len(rest))
+
+
+def test_text_comes_back(data, documents):
+    prepare(data, 16)
+    dataset = open_dataset(data, 16, "train")
+    text = dataset.tokenizer.decode(dataset.read(range(len(dataset))).ravel())
+    train = [t for t in documents if split_by_hash(t) == "train"]
+    assert "".join(t + "<|endoftext|>" for t in train).startswith(text)
+    assert len(text) > 0.99 * sum(map(len, train))
+
+
+def test_text_that_looks_like_a_special_token_is_text(data, corpus):
+    for path in corpus.iterdir():
+        path.unlink()
+    (corpus / "train").mkdir()
+    (corpus / "train" / "a.txt").write_text("<|endoftext|>[MASK]" * 20)
+    data = dataclasses.replace(data, tokenizer="bytes")
+    prepare(data, 10)
+    ids = open_dataset(data, 10, "train").tokenizer.ids
+    assert not np.isin(rows_of(data, 10, "train"), [ids.eos, ids.mask]).any()
+
+
+def test_two_runs_write_the_same_bytes(data, tmp_path):
+    again = dataclasses.replace(data, directory=str(tmp_path / "again"))
+    prepare(data, 16)
+    prepare(again, 16)
+    one, two = (content_of(tmp_path / name) for name in ("rows", "again"))
+    assert one == two
+    assert len([name for name in one if ".array_record-" in str(name)]) == 2
+
+
+def test_no_document_is_in_both_splits(data, documents, corpus):
+    (corpus / "c.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents))  # every one once more
+    data = dataclasses.replace(data, tokenizer="bytes")
+    counts = prepare(data, 8).splits
+    texts = {}
+    for split in ("train", "validation"):
+        dataset = open_dataset(data, 8, split)
+        stream = dataset.read(range(len(dataset))).ravel()
+        cuts = np.split(stream, np.flatnonzero(stream == dataset.tokenizer.ids.eos) + 1)[:-1]
+        texts[split] = [dataset.tokenizer.decode(cut[:-1]) for cut in cuts]
+        assert counts[split].documents - len(texts[split]) in (0, 1)  # the last may lose its EOS
+    assert not set(texts["train"]) & set(texts["validation"])
+    assert set(documents) - set(texts["train"]) - set(texts["validation"]) <= {documents[-1]}
+    assert len(texts["validation"]) >= 5
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_tfds_opens_the_folder(data, tokenizer):
+    manifest = prepare(dataclasses.replace(data, tokenizer=tokenizer), 16)
+    builder = tfds.builder_from_directory(data.directory)
+    assert builder.name == "files"
+    assert {name: info.num_examples for name, info in builder.info.splits.items()} == {
+        name: counts.rows for name, counts in manifest.splits.items()
+    }
+    for split, source in ((split, builder.as_data_source(split)) for split in manifest.splits):
+        assert len(source) == manifest.splits[split].rows
+        assert source[3]["tokens"].dtype == np.uint16
+        assert source[3]["tokens"].shape == (16,)
+
+
+def test_large_vocabularies_are_written_in_32_bits(data, tmp_path):
+    vocabulary = {"[CLS]": 0, "[MASK]": 1, "[UNK]": 2} | {f"w{n}": n + 3 for n in range(70_000)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": model, "pre_tokenizer": {"type": "BertPreTokenizer"}})
+    )
+    folder = tmp_path / "corpus" / "train"
+    folder.mkdir()
+    for path in (tmp_path / "corpus").glob("*.*"):
+        path.unlink()
+    (folder / "a.txt").write_text("w69999 w5 unheard of w69998")
+    data = dataclasses.replace(data, tokenizer=str(tmp_path / "tokenizer.json"))
+    prepare(data, 6)
+    assert rows_of(data, 6, "train").tolist() == [[70_002, 8, 2, 2, 70_001, 0]]
+
+
+def test_the_manifest_says_what_was_made(data):
+    manifest = prepare(data, 16)
+    assert load_manifest(module.epath.Path(data.directory)) == manifest
+    tokenizer = open_dataset(data, 16, "train").tokenizer
+    assert manifest.fingerprint == tokenizer.fingerprint
+    assert manifest.ids == tokenizer.ids
+    assert manifest.settings.length == 16
+    assert manifest.settings.vocab_size == 300 == tokenizer.ids.vocab_size - 1
+
+
+def test_done_is_kept_and_reported(data, capsys, tmp_path):
+    first = prepare(data, 16)
+    before = content_of(tmp_path / "rows")
+    assert "Prepared" in capsys.readouterr().out
+    assert prepare(data, 16) == first
+    out = capsys.readouterr().out
+    assert "Already prepared" in out
+    assert "train: " in out
+    assert "that of the files" in out  # the licence
+    assert content_of(tmp_path / "rows") == before
+    assert prepare(dataclasses.replace(data, source=""), 16) == first  # the source need not be there any more
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "message"),
+    [
+        ({}, 32, r"model\.length = 16, but it is 32"),
+        ({"insert_eos": False}, 16, r"data\.insert_eos = True, but it is False"),
+        ({"insert_special": True}, 16, r"data\.insert_special = False, but it is True"),
+        ({"tokenizer": "bytes"}, 16, r"data\.tokenizer = 'bpe', but it is 'bytes'"),
+        ({"vocab_size": 301}, 16, r"data\.vocab_size = 300, but it is 301"),
+        ({"source": "elsewhere"}, 16, r"data\.source = '.*corpus', but it is 'elsewhere'"),
+        ({"corpus": "wikipedia_summaries"}, 16, r"data\.corpus = 'files', but it is 'wikipedia_summaries'"),
+    ],
+)
+def test_rows_made_with_other_settings_are_never_overwritten(data, tmp_path, change, length, message):
+    prepare(data, 16)
+    before = content_of(tmp_path / "rows")
+    with pytest.raises(UserError, match=message):
+        prepare(dataclasses.replace(data, **change), length)
+    assert content_of(tmp_path / "rows") == before
+
+
+def test_the_size_of_a_vocabulary_that_is_not_trained_does_not_matter(data):
+    data = dataclasses.replace(data, tokenizer="bytes")
+    assert prepare(data, 16) == prepare(dataclasses.replace(data, vocab_size=999), 16)
+
+
+def test_other_things_in_the_way_stay(data, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"data\.directory is '.*rows', which holds other things"):
+        prepare(data, 16)
+    assert (tmp_path / "rows" / "thesis.tex").read_text() == "precious"
+    (tmp_path / "rows" / "thesis.tex").unlink()
+    prepare(data, 16)  # an empty folder is fine
+
+
+def test_unwritable_folder(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.directory: cannot write .*Not a directory"):
+        prepare(dataclasses.replace(data, directory=str(tmp_path / "file" / "rows")), 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "good"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
+        ('{"text": "short"}\n', "has [0-9]+ training tokens, too few for a row of 64"),
+        ("\n", "has no documents"),
+    ],
+)
+def test_a_corpus_that_cannot_be_prepared_leaves_nothing_behind(data, tmp_path, content, message):
+    folder = tmp_path / "bad" / "train"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prepare(dataclasses.replace(data, source=str(tmp_path / "bad")), 64)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "corpus"]
+
+
+def test_no_room_for_a_token(data):
+    with pytest.raises(UserError, match=r"model\.length is 2; allowed with data\.insert_special: 3 or more"):
+        prepare(dataclasses.replace(data, insert_special=True), 2)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of ours catches it."""
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
+    data, tmp_path, documents, monkeypatch, moment
+):
+    for path in (tmp_path / "corpus").iterdir():
+        path.unlink()
+    for n in range(3):
+        (tmp_path / "corpus" / f"{n}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents[n::3]))
+    monkeypatch.setattr("bd3_jax.data.corpora.SHARD_BYTES", 1)  # a shard for every file
+    whole = dataclasses.replace(data, directory=str(tmp_path / "whole"))
+    prepare(whole, 16)
+
+    written = []
+    close = module._RowWriter.close
+
+    def close_or_die(writer):
+        written.append(writer)
+        if len(written) == moment:
+            raise Killed
+        return close(writer)
+
+    monkeypatch.setattr(module._RowWriter, "close", close_or_die)
+    with pytest.raises(Killed):
+        prepare(data, 16)
+    assert not (tmp_path / "rows").exists()
+    with pytest.raises(UserError, match=r"rows\.unfinished was prepared with model\.length = 16, but it is 8"):
+        prepare(data, 8)
+    prepare(data, 16)
+    assert len(written) == moment + 6 - 2 * ((moment - 1) // 2)  # finished shards are not written again
+    assert _digest(content_of(tmp_path / "rows")) == _digest(content_of(tmp_path / "whole"))
+    assert not (tmp_path / "rows.unfinished").exists()
+
+
+def test_an_interrupted_preparation_of_other_files_is_not_continued(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_write", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prepare(data, 16)
+    (tmp_path / "corpus" / "new.txt").write_text("one more")
+    with pytest.raises(UserError, match="was begun from other files than files now has"):
+        prepare(data, 16)
+
+
+def _digest(content):
+    return {str(name): hashlib.sha256(data).hexdigest() for name, data in content.items()}
