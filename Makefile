@@ -9,6 +9,10 @@ PYTEST := $(BIN)/python -m pytest
 PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
+# Tests run on the CPU, whatever the machine has, and speak to nobody.
+test test-all: export JAX_PLATFORMS := cpu
+test test-all: export HF_HUB_OFFLINE := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv quickstart check test test-all format lock clean
 
