@@ -1,6 +1,118 @@
-"""Tests run on the CPU, whatever the machine has, and speak to nobody; the environment may say otherwise."""
+"""Fixtures shared by all tests: the authors' golden numbers and small models."""
 
-import os
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from bd3_jax.checkpoints.pytorch import from_tensors
+from bd3_jax.config import ModelConfig, NoiseConfig
+from bd3_jax.data.tokenizers import SpecialIds
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.models.transformer import Network
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def assert_agree(ours: Any, reference: np.ndarray) -> None:
+    """Float32 agreement with the authors' implementation, as tests/golden/README.md defines it."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    impossible = reference < -1e5
+    np.testing.assert_array_equal(ours < -1e5, impossible)
+    np.testing.assert_allclose(ours[~impossible], reference[~impossible], rtol=1e-5, atol=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A folder of tests/golden: the authors' model as ours, and the arrays of `io.npz`."""
+
+    lm: LanguageModel
+    params: Any
+    arrays: dict[str, np.ndarray]
+    tensors: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def agree(self, ours: Any, name: str) -> None:
+        """Asserts that `ours` agrees with the array called `name`."""
+        assert_agree(ours, self[name])
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[..., Golden]:
+    """Opens a folder of tests/golden by its name; keywords replace fields of its ModelConfig."""
+
+    def load(name: str, **model: Any) -> Golden:
+        config = json.loads((GOLDEN / name / "config.json").read_text())
+        objective = name.split("_")[0]
+        settings = ModelConfig(
+            length=config["model_length"],
+            width=config["hidden_dim"],
+            num_layers=config["n_blocks"],
+            num_heads=config["n_heads"],
+            cond_dim=config["cond_dim"],
+            dropout=config["dropout"],
+            dtype="float32",
+            attention="auto",
+            attention_chunk=256,
+            scan_unroll=1,
+        )
+        scaled = name.endswith("loss_scale")
+        noise = NoiseConfig(
+            "scaled_loglinear" if scaled else "loglinear", 1e-3, 1.0, resample=False, ignore_bos=not scaled
+        )
+        vocab_size = config["vocab_size"]
+        ids = SpecialIds(bos=0, eos=0, mask=vocab_size - 1, vocab_size=vocab_size)
+        network = Network(
+            dataclasses.replace(settings, **model), vocab_size, config["adaln"], config["time_conditioning"]
+        )
+        lm = LanguageModel(objective, config["block_size"], noise, network, ids)
+        tensors = load_file(GOLDEN / name / "model.safetensors")
+        with np.load(GOLDEN / name / "io.npz") as arrays:
+            return Golden(lm, from_tensors(tensors, network.abstract_params()), dict(arrays), tensors)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def toy_lm() -> Callable[..., LanguageModel]:
+    """Makes a small float32 model, as in toy_lm('bd3lm', block_size=2); keywords replace settings by their name."""
+
+    def build(objective: str, block_size: int = 0, vocab_size: int = 11, **settings: Any) -> LanguageModel:
+        model = dict(
+            length=12, width=16, num_layers=2, num_heads=2, cond_dim=8, dropout=0.1,
+            dtype="float32", attention="auto", attention_chunk=5, scan_unroll=1,
+        )  # fmt: skip
+        noise = dict(schedule="loglinear", low=1e-3, high=1.0, resample=False, ignore_bos=True)
+        for group in (model, noise):
+            group.update({name: settings.pop(name) for name in list(settings) if name in group})
+        assert not settings, f"unknown settings {settings}"
+        if not block_size:
+            block_size = 1 if objective == "ar" else model["length"]
+        ids = SpecialIds(bos=0, eos=0, mask=vocab_size - 1, vocab_size=vocab_size)
+        network = Network(
+            ModelConfig(**model), vocab_size, adaln=objective != "ar", time_conditioned=objective == "sedd"
+        )
+        return LanguageModel(objective, block_size, NoiseConfig(**noise), network, ids)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """Draws parameters without the zero matrices of a fresh initialisation, so that every part of a model matters."""
+
+    def draw(lm: LanguageModel, seed: int = 0, scale: float = 0.3) -> Any:
+        rng = np.random.default_rng(seed)
+        abstract = lm.network.abstract_params()
+        return jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * scale).astype(np.float32), abstract)
+
+    return draw
