@@ -137,8 +137,8 @@ def evaluate_params(
         sequences=len(losses),
         estimator="exact" if lm.is_exact else config.estimator,
         split=dataset.split,
-        insert_special=dataset.manifest.insert_special,
-        insert_eos=dataset.manifest.insert_eos,
+        insert_special=dataset.manifest.settings.insert_special,
+        insert_eos=dataset.manifest.settings.insert_eos,
         first_counted=bool(lm.counted(lm.length)[0]),
     )
 
@@ -169,7 +169,7 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
       UserError: if there is no checkpoint or no prepared split, or they do not fit the settings.
     """
     dataset = open_dataset(config.data, config.model.length, config.eval.split)
-    params, step = orbax.restore_params(workdir, config.eval.weights)
+    params, step = orbax.restore_params(config, workdir, config.eval.weights)
     lm = LanguageModel.from_config(config, dataset.tokenizer.ids)
     result = evaluate_params(lm, params, dataset, config.eval, progress=True)
     print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")

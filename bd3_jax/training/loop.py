@@ -1,0 +1,223 @@
+"""Training, from top to bottom; the same code for one CPU and for a pod.
+
+Where it starts from: the newest checkpoint in the workdir, else fresh parameters from the seed. A run that was
+interrupted after any step continues with the same numbers as if it had not been.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from tqdm import tqdm
+
+from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
+from bd3_jax.config import Config
+from bd3_jax.data.manifest import load_manifest
+from bd3_jax.data.pipeline import Dataset, open_dataset, train_batches
+from bd3_jax.errors import UserError
+from bd3_jax.evaluation.perplexity import evaluate_params
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.training import sharding
+from bd3_jax.training.logging import MetricLog
+from bd3_jax.training.state import TrainState, init_state, learning_rate, make_optimizer, update_ema
+
+# Streams of random numbers that follow from the seed.
+_INIT, _TRAIN = 0, 1
+# Updates that the host may be ahead of the device: enough to keep it busy, few enough to stop within a moment.
+_IN_FLIGHT = 2
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def train(config: Config, workdir: epath.Path) -> None:
+    """Trains until `config.training.num_steps` updates are done, continuing what is in `workdir`.
+
+    Writes settings, tokenizer, manifest, checkpoints, `metrics.jsonl` and TensorBoard events there. Validates before
+    the first update, every `eval_every` and after the last one.
+
+    Raises:
+      UserError: settings that do not fit the devices, the prepared data or the run in `workdir`.
+      SystemExit: 130 after Ctrl-C, 143 after SIGTERM; the step is finished and saved before.
+    """
+    training, num_steps = config.training, config.training.num_steps
+
+    # ---------------------------------------------------------------------------------------------------- mesh
+    mesh = sharding.make_mesh(config.mesh)
+    batch_sharding = sharding.batch_sharding(mesh, training.batch_size, "config.training.batch_size")
+    eval_sharding = sharding.batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
+
+    # ---------------------------------------------------------------------------------------------------- data
+    dataset = open_dataset(config.data, config.model.length, "train")
+    validation = open_dataset(config.data, config.model.length, config.eval.split)
+    newest = latest_step(workdir)
+    if newest is not None:
+        run_folder.check_continues(config, workdir)
+        _check_data(dataset, workdir)
+        if newest >= num_steps:
+            print(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
+            return
+
+    # --------------------------------------------------------------------------------------------------- model
+    model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+
+    # --------------------------------------------------------------------------------------------------- state
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    rate = learning_rate(config.optimizer, num_steps)
+    init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
+    abstract = sharding.shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+
+    # -------------------------------------------------------------------------------------------------- update
+    print(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
+    rows_shape = jax.ShapeDtypeStruct((training.batch_size, model.length), jnp.int32, sharding=batch_sharding)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    update = (
+        jax.jit(make_update(model, optimizer, config), donate_argnums=0, out_shardings=(shardings, everywhere))
+        .lower(abstract, rows_shape)
+        .compile()
+    )
+
+    # ---------------------------------------------------------------------------------------------- checkpoint
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        run_folder.write_config(config, workdir)
+        dataset.tokenizer.save(workdir / "tokenizer")
+        dataset.manifest.save(workdir)
+    checkpoints = Checkpoints(workdir, training.keep_checkpoints)
+    unrecorded: list[dict[str, Array | float]] = []  # metrics of the steps since the last record
+    if newest is None:
+        state, start, rows = jax.jit(init, out_shardings=shardings)(), 0, 0
+    else:
+        state, position = checkpoints.restore(newest, abstract)
+        start, rows, unrecorded = newest, position["rows"], position["unrecorded"]
+        print(f"{workdir}: continues after step {start} of {num_steps}")
+
+    def save(step: int) -> None:
+        values = [{name: float(value) for name, value in metrics.items()} for metrics in unrecorded]
+        checkpoints.save(step, state, {"rows": rows, "unrecorded": values})
+
+    # ---------------------------------------------------------------------------------------------- validation
+    log = MetricLog(workdir, keep=start if newest is not None else -1)
+
+    def validate(step: int) -> None:
+        result = evaluate_params(
+            model, state.ema, validation, config.eval, config.eval.num_batches, sharding=eval_sharding
+        )
+        log.write(step, result.record())
+        bar.write(f"step {step}: validation perplexity {result.perplexity:.2f} ({result.nll:.4f} nats per token)")
+
+    # ---------------------------------------------------------------------------------------------------- loop
+    host, hosts = jax.process_index(), jax.process_count()
+    batches = train_batches(dataset, training.batch_size, config.seed, rows, host, hosts)
+    bar = tqdm(desc="training", total=num_steps, initial=start, unit="step", disable=host != 0)
+    with _StopSignals() as stop, contextlib.closing(checkpoints), contextlib.closing(log), bar:
+        if newest is None:
+            validate(0)
+        seconds, timed_steps = 0.0, 0
+        for step in range(start + 1, num_steps + 1):
+            began = time.perf_counter()
+            batch = sharding.global_batch(next(batches), training.batch_size, batch_sharding)
+            state, metrics = update(state, batch)
+            rows += training.batch_size
+            unrecorded.append(metrics)
+            jax.block_until_ready(unrecorded[-1 - _IN_FLIGHT :][0])
+            last = step == num_steps or stop.signal is not None
+
+            values = None
+            if step % training.log_every == 0 or step == num_steps:
+                values = _means(unrecorded) | {"train/learning_rate": float(rate(step - 1))}
+                unrecorded = []
+            seconds, timed_steps = seconds + time.perf_counter() - began, timed_steps + 1
+            bar.update()
+            if values is not None:
+                speed = timed_steps * training.batch_size * model.length / seconds
+                seconds, timed_steps = 0.0, 0
+                log.write(step, values | {"train/tokens_per_second": speed})
+                bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {speed:,.0f} tokens/s")
+
+            # Before saving, so that a checkpoint's metrics are complete up to its step.
+            if step % training.eval_every == 0 or step == num_steps:
+                validate(step)
+            if step % training.checkpoint_every == 0 or last:
+                save(step)
+            if last:
+                break
+
+    if step < num_steps:
+        name = signal.Signals(stop.signal).name
+        print(
+            f"{workdir}: stopped by {name} after step {step} of {num_steps}, which is saved; the same command continues"
+        )
+        raise SystemExit(128 + stop.signal)
+    print(f"{workdir}: finished, {num_steps} steps are done")
+
+
+def make_update(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[TrainState, Int[Array, "b L"]], tuple[TrainState, Metrics]]:
+    """(state, rows) -> (state after one more update, train/loss in nats per token and the unclipped train/grad_norm)."""
+
+    def update(state: TrainState, x0: Int[Array, "b L"]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(_stream(config.seed, _TRAIN), state.step)
+        loss_and_grads = jax.value_and_grad(model.training_loss, has_aux=True)
+        (loss, _), grads = loss_and_grads(state.params, x0, key, state.low, state.high)
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, step = optax.apply_updates(state.params, changes), state.step + 1
+        ema = update_ema(state.ema, params, step, config.optimizer.ema_decay)
+        state = dataclasses.replace(state, step=step, params=params, ema=ema, opt_state=opt_state)
+        return state, {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads)}
+
+    return update
+
+
+def _stream(seed: int, purpose: int) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.key(seed), purpose)
+
+
+def _means(records: list[dict[str, Array | float]]) -> dict[str, float]:
+    values = jax.device_get(records)
+    return {name: float(np.mean([record[name] for record in values], dtype=np.float64)) for name in values[0]}
+
+
+def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
+    """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
+    began_with, found = load_manifest(workdir), dataset.manifest
+    for name, old, new in (
+        ("tokenizer", began_with.fingerprint, found.fingerprint),
+        ("training split", began_with.splits["train"], found.splits["train"]),
+    ):
+        if old != new:
+            raise UserError(
+                f"the {name} in {dataset.directory} is not the one that {workdir} began with: found {new}, wanted {old}"
+            )
+
+
+class _StopSignals:
+    """While open, SIGTERM and the first Ctrl-C only note themselves in `signal`; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "_StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT == self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
