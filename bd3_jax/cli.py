@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from absl import flags
+from etils import epath
 
 from bd3_jax import command_line
 from bd3_jax import main as entry
@@ -29,11 +30,24 @@ def prepare(argv: Sequence[str]) -> None:
     prepare_rows(config.data, config.model.length)
 
 
+def report(argv: Sequence[str]) -> None:
+    """Writes a run's curves, samples and settings as one page, WORKDIR/report.html.
+
+    bd3 report WORKDIR
+    """
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("bd3 report takes one folder, as in bd3 report runs/quickstart")
+    from bd3_jax.evaluation.report import write_report
+
+    print(f"report in {write_report(epath.Path(argv[0]))}")
+
+
 VERBS = {
     "prepare": Verb("turn a corpus into rows of tokens", prepare),
     "train": Verb("train a model, or train it on", partial(entry.run, mode="train")),
     "eval": Verb("likelihood and perplexity of a checkpoint on a prepared split", partial(entry.run, mode="eval")),
     "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),
+    "report": Verb("a run's curves, samples and settings as one HTML page", report),
 }
 
 

@@ -1,7 +1,8 @@
 """The authors' tensor layout: names, shapes, and their place in our parameter tree, in both directions."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -66,6 +67,22 @@ _OUTPUT = (
 )
 
 
+def order(names: Iterable[str]) -> list[str]:
+    """Tensor names (with or without the prefix) in the order of the authors' parameters; unknown ones last."""
+    outside, block, output = ([tensor.name for tensor in group] for group in (_OUTSIDE, _BLOCK, _OUTPUT))
+
+    def place(name: str) -> tuple[int, ...]:
+        name = name.removeprefix(PREFIX)
+        in_block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if in_block and in_block[2] in block:
+            return 1, int(in_block[1]), block.index(in_block[2])
+        if name in outside:
+            return 0, outside.index(name)
+        return (2, output.index(name)) if name in output else (3,)
+
+    return sorted(names, key=place)
+
+
 def _get(tree: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         if name not in tree:
@@ -109,7 +126,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any) -> Any
     theirs = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name not in INTERVAL}
     entries = list(_entries(abstract_params))
     expected = {
-        tensor.name: tensor.their_shape(leaf.shape if layer is None else leaf.shape[1:]) for tensor, layer, leaf in entries
+        tensor.name: tensor.their_shape(leaf.shape if layer is None else leaf.shape[1:])
+        for tensor, layer, leaf in entries
     }
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in theirs]
     for name, value in theirs.items():

@@ -1,7 +1,10 @@
 """The forward process: one time per block, then masks (Block Diffusion, sections 3 and 5; MDLM, section 3)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax.diffusion.schedules import EPS
@@ -44,8 +47,7 @@ def draw_clipped_mask(
     key_count, key_subset = jax.random.split(key)
     chance = move_chance[..., None]
     count = jnp.arange(block_size + 1)
-    log_choose = jax.lax.lgamma(block_size + 1.0) - jax.lax.lgamma(count + 1.0) - jax.lax.lgamma(block_size - count + 1.0)
-    # xlogy, xlog1py: 0 * log 0 is 0, so that p = 1 masks everything.
+    log_choose = np.array([math.log(math.comb(block_size, k)) for k in range(block_size + 1)], np.float32)
     log_pmf = log_choose + _xlogy(count, chance) + _xlogy(block_size - count, 1 - chance)
     fraction = count / block_size
     fits = ((fraction >= low) | (low <= EPS)) & ((fraction <= high) | (high >= 1))
@@ -54,6 +56,7 @@ def draw_clipped_mask(
 
 
 def _xlogy(x: Array, y: Array) -> Array:
+    """x log y, with 0 log 0 = 0, so that a chance of 1 masks everything."""
     return jnp.where(x == 0, 0.0, x * jnp.log(jnp.maximum(y, 0)))
 
 

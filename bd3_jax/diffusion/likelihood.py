@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bd3_jax.config import NoiseConfig
+from bd3_jax.config import NoiseConfig, ScheduleName
 from bd3_jax.diffusion import corruption, objectives
 from bd3_jax.diffusion.schedules import EPS, get_schedule
 
@@ -59,7 +59,7 @@ def draw_monte_carlo(
     key: PRNGKeyArray, x0: Int[Array, "b L"], block_size: int, noise: NoiseConfig, mask_id: int
 ) -> Draw:
     """t ~ U[1e-3, 1], loglinear whatever the training schedule was: the published test perplexities."""
-    name = "scaled_loglinear" if noise.schedule == "scaled_loglinear" else "loglinear"
+    name: ScheduleName = "scaled_loglinear" if noise.schedule == "scaled_loglinear" else "loglinear"
     plain = dataclasses.replace(noise, schedule=name, resample=False)
     return draw_training(key, x0, block_size, plain, EPS, 1.0, mask_id)
 
@@ -131,7 +131,9 @@ def _in_chunks(loss: Callable[..., Float[Array, "b C"]], vocab_size: int, *args:
     """
     batch, length = args[0].shape[:2]
     chunk = next(
-        size for size in range(length, 0, -1) if length % size == 0 and (size == 1 or batch * size * vocab_size <= MAX_LOGITS)
+        size
+        for size in range(length, 0, -1)
+        if length % size == 0 and (size == 1 or batch * size * vocab_size <= MAX_LOGITS)
     )
     if chunk == length:
         return loss(*args)

@@ -52,7 +52,7 @@ def subs_loss(
 def sedd_log_score(
     logits: Float[Array, "*n V"], xt: Int[Array, "*n"], sigma: Float[Array, "*n"], mask_id: int
 ) -> Float[Array, "*n V"]:
-    """log s(x_t)_y, the log-ratio p_t(y) / p_t(x_t): scaled by the noise, 0 at the current token (SEDD, section 5.1)."""
+    """log s(x_t)_y = log p_t(y) / p_t(x_t): scaled by the noise, 0 at the current token (SEDD, section 5.1)."""
     vocab_size = logits.shape[-1]
     log_score = logits - jnp.log(jnp.expm1(sigma))[..., None] - jnp.log(vocab_size - 1)
     return jnp.where(jnp.arange(vocab_size) == xt[..., None], 0.0, log_score)

@@ -47,7 +47,9 @@ class KVCache:
             raise ValueError(f"the block size {size} must divide the cache's capacity {capacity}")
         start = self.length % capacity
 
-        def store(ring: Float[Array, "layers h S k"], new: Float[Array, "layers h B k"], at: Array, keep: Array) -> Array:
+        def store(
+            ring: Float[Array, "layers h S k"], new: Float[Array, "layers h B k"], at: Array, keep: Array
+        ) -> Array:
             old = jax.lax.dynamic_slice_in_dim(ring, at, size, axis=2)
             return jax.lax.dynamic_update_slice_in_dim(ring, jnp.where(keep, new, old), at, axis=2)
 

@@ -52,8 +52,8 @@ def _dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Float[Array, "*b L k/2"], ...]:
-    """Cosine and sine of position * 10000^(-2i / head_dim)."""
+def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Array, Array]:
+    """Cosine and sine `[*b, L, k/2]` of position * 10000^(-2i / head_dim)."""
     frequencies = (10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
@@ -69,7 +69,9 @@ def _rotate(x: Float[Array, "... L k"], cos: Array, sin: Array) -> Array:
 class Linear(nnx.Module):
     """x W + b over the last axis, in the dtype of x."""
 
-    def __init__(self, fan_in: int, out: tuple[int, ...], axes: tuple[str | None, ...], *, rngs: nnx.Rngs, zero: bool = False):
+    def __init__(
+        self, fan_in: int, out: tuple[int, ...], axes: tuple[str | None, ...], *, rngs: nnx.Rngs, zero: bool = False
+    ):
         shape = (fan_in, *out)
         self.kernel = _constant(0, shape, axes) if zero else _uniform(rngs, shape, fan_in, axes)
         self.bias = _constant(0, out, axes[1:]) if zero else _uniform(rngs, out, fan_in, axes[1:])
@@ -138,7 +140,8 @@ class Block(nnx.Module):
         streams: int,
     ) -> tuple[Float[Array, "s b L d"], tuple[Array, Array]]:
         """One layer; `attend(q, k, v)` is the pattern. Only the first `streams` of x go on: all the last layer needs
-        of the clean half is its keys and values. Returns those too."""
+        of the clean half is its keys and values. Returns those too.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(cond, x.dtype)
         key_a, key_m = (None, None) if key is None else jax.random.split(key)
         q, k, v = self.heads(_modulate(_layer_norm(x, self.attention_norm), shift_a, scale_a), *rotary)
@@ -211,7 +214,7 @@ class Network:
             own = variable.get_metadata("axes")
             return ("layers", *own) if path[0].key == "blocks" else own
 
-        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
         named = jax.tree_util.tree_map_with_path(axes, self._abstract[1], is_leaf=is_variable)
         return nnx.to_pure_dict(named)
 
@@ -222,10 +225,11 @@ class Network:
         """[b, c]; [1, c] where the network is not conditioned on time and is fed sigma = 0."""
         if transformer.time is None:
             return None
-        if self.time_conditioned and sigma is None:
+        if not self.time_conditioned:
+            sigma = jnp.zeros((1,), jnp.float32)
+        elif sigma is None:
             raise ValueError("a time-conditioned network needs sigma")
-        fed = sigma if self.time_conditioned else jnp.zeros((1,), jnp.float32)
-        return transformer.time(fed).astype(dtype)
+        return transformer.time(sigma).astype(dtype)
 
     def apply(
         self,
@@ -315,7 +319,9 @@ class Network:
             x, (k, v) = nnx.merge(graph, layer_params)(x, rotary, attend, cond, None, 1)
             return x, KVBlock(k[0], v[0])
 
-        x, block = jax.lax.scan(layer, x, (layers, cache.keys, cache.values), unroll=self._unroll(self.model.num_layers))
+        x, block = jax.lax.scan(
+            layer, x, (layers, cache.keys, cache.values), unroll=self._unroll(self.model.num_layers)
+        )
         return transformer.finish(x[0], cond), block
 
     def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:

@@ -1,0 +1,157 @@
+"""`bd3 report WORKDIR`: a run as one HTML page with its curves, samples and settings; needs no network to be read."""
+
+import html
+import json
+import math
+import platform
+from importlib import metadata
+from typing import Any
+
+from etils import epath
+
+from bd3_jax.errors import UserError
+
+Series = list[tuple[float, float]]
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #2563eb; --second: #d97706; --grid: #8884; --text: #1f2328; --soft: #656d76;
+  --page: #fff; --card: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --line: #79a8ff; --second: #f0b45b; --text: #e6edf3; --soft: #9198a1;
+  --page: #0d1117; --card: #161b22; } }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+figure, pre, blockquote { margin: 0; padding: .8rem; background: var(--card); border-radius: .5rem; overflow-x: auto; }
+figcaption { font-weight: 600; margin-bottom: .3rem; } svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 11px; } blockquote { margin-bottom: .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; } blockquote footer { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; font-weight: 400; }
+td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; } .soft { color: var(--soft); }
+"""
+
+
+def write_report(workdir: epath.Path) -> epath.Path:
+    """Writes WORKDIR/report.html from the run's files and returns its path.
+
+    Raises:
+      UserError: when the folder holds no metrics of a run.
+    """
+    metrics = read_records(workdir / "metrics.jsonl")
+    if not metrics:
+        raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
+    config = json.loads((workdir / "config.json").read_text())
+    samples = read_records(workdir / "samples.jsonl")
+    page = _page(workdir.name, config, metrics, samples)
+    path = workdir / "report.html"
+    path.write_text(page)
+    return path
+
+
+def read_records(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none where there is no file. A last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
+
+
+def series(metrics: list[dict[str, Any]], name: str) -> Series:
+    """(step, value) of every record that has the metric and a finite value."""
+    pairs = [(record["step"], record[name]) for record in metrics if name in record]
+    return [(step, value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _page(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
+    block = f", block size {config['block_size']}" if config["objective"] == "bd3lm" else ""
+    title = f"{name}: {config['objective']}{block}, {config['data']['corpus']}"
+    charts = [
+        _chart("Training loss, nats per token", series(metrics, "train/loss")),
+        _chart("Validation perplexity", series(metrics, "eval/perplexity")),
+        _chart("Gradient norm", series(metrics, "train/grad_norm")),
+        _chart("Learning rate", series(metrics, "train/learning_rate")),
+    ]
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        _last_values(metrics),
+        f'<div class="charts">{"".join(charts)}</div>',
+        "<h2>Samples</h2>",
+        "".join(_sample(sample) for sample in samples[-8:]) or '<p class="soft">None yet: bd3 sample draws some.</p>',
+        f"<h2>Settings</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>",
+        f'<p class="soft">{html.escape(_environment())}</p>',
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join(parts)
+    head += f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
+
+
+def _last_values(metrics: list[dict[str, Any]]) -> str:
+    last = {name: value for record in metrics for name, value in record.items() if isinstance(value, int | float)}
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:,.6g}</td></tr>" for name, value in sorted(last.items())
+    )
+    return f"<table><tr><th class=soft>metric</th><th class=soft>last value</th></tr>{rows}</table>"
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    facts = {key: sample[key] for key in ("nfe", "length", "entropy") if key in sample}
+    footer = ", ".join(f"{key} {value:.4g}" for key, value in facts.items())
+    return f"<blockquote>{html.escape(sample['text'])}<footer>{footer}</footer></blockquote>"
+
+
+def _environment() -> str:
+    packages = ("bd3_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    return f"Written on {platform.platform()}, Python {platform.python_version()}; {versions}."
+
+
+def _chart(title: str, points: Series) -> str:
+    """A line chart as SVG; the vertical axis holds the data, not zero."""
+    if not points:
+        return ""
+    width, height, left, right, top, bottom = 480, 240, 52, 12, 10, 24
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    low, high = _padded(min(values), max(values))
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + (step - first) / (last - first) * (width - left - right)
+        return x, top + (high - value) / (high - low) * (height - top - bottom)
+
+    grid = []
+    for value in _ticks(low, high):
+        _, y = place(first, value)
+        grid.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>')
+        grid.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    for step in _ticks(first, last):
+        x, _ = place(step, low)
+        grid.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{step:,.0f}</text>')
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    line = f'<polyline points="{path}" fill="none" stroke="var(--line)" stroke-width="1.8"/>'
+    x, y = place(*points[-1])
+    dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--line)"/>'
+    caption = f"{html.escape(title)} <span class=soft>last {values[-1]:.4g}</span>"
+    label = f"{html.escape(title)} by step"
+    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(grid)}{line}{dot}</svg>'
+    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers in [low, high]."""
+    raw = (high - low) / 5
+    magnitude = 10 ** math.floor(math.log10(raw))
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

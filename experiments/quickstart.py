@@ -1,0 +1,71 @@
+"""The whole path in a few minutes on two CPU cores: text, rows, training, likelihood, generated passages, a report.
+
+It runs the commands that a user would, and prints each before it runs. Run again, it finds what is finished and goes on
+from there. `make quickstart` calls it; flags after the script's name go to every command, as in
+
+    python experiments/quickstart.py --config.training.num_steps=4000
+"""
+
+import subprocess
+import sys
+import textwrap
+import time
+
+from etils import epath
+
+from bd3_jax.evaluation.report import read_records, series
+
+CONFIG = "configs/quickstart.py:bd3lm,block_size=8"
+WORKDIR = epath.Path("runs/quickstart")
+
+
+def main(overrides: list[str]) -> int:
+    started = time.monotonic()
+    run = [f"--config={CONFIG}", f"--workdir={WORKDIR}", *overrides]
+    commands = [
+        ("prepare", [f"--config={CONFIG}", *overrides]),
+        ("train", run),
+        ("eval", run),
+        ("sample", run),
+        ("report", [str(WORKDIR)]),
+    ]
+    for verb, args in commands:
+        print(f"\n$ bd3 {' '.join([verb, *args])}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "bd3_jax.cli", verb, *args]).returncode
+        if status:
+            print(f"\nbd3 {verb} ended with status {status}. `make quickstart` goes on from here.", file=sys.stderr)
+            return status
+    print(summary(time.monotonic() - started))
+    return 0
+
+
+def summary(seconds: float) -> str:
+    metrics = read_records(WORKDIR / "metrics.jsonl")
+    perplexity = series(metrics, "eval/perplexity")
+    (first_step, before), (last_step, after) = perplexity[0], perplexity[-1]
+    passages = [sample["text"] for sample in read_records(WORKDIR / "samples.jsonl")[-3:]]
+    lines = [
+        "",
+        f"Done in {seconds / 60:.1f} minutes.",
+        f"Validation perplexity: {before:,.0f} at step {first_step}, {after:,.1f} at step {last_step}.",
+        "",
+        "Generated:",
+        *(
+            textwrap.fill(" ".join(text.split()), 110, initial_indent="  * ", subsequent_indent="    ")
+            for text in passages
+        ),
+        "",
+        f"Checkpoint  {WORKDIR / 'checkpoints'}",
+        f"Metrics     {WORKDIR / 'metrics.jsonl'}, TensorBoard in {WORKDIR / 'tensorboard'}",
+        f"Samples     {WORKDIR / 'samples.jsonl'}",
+        f"Report      {WORKDIR / 'report.html'}",
+        "",
+        "Next:",
+        f"  more text      .venv/bin/bd3 sample --workdir={WORKDIR} --config.sampling.prompt='The city of'",
+        f"  train on       .venv/bin/bd3 train --workdir={WORKDIR} --config.training.num_steps={2 * int(last_step)}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
