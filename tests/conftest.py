@@ -84,7 +84,7 @@ def golden() -> Callable[..., Golden]:
 
 @pytest.fixture(scope="session")
 def toy_lm() -> Callable[..., LanguageModel]:
-    """Makes a small float32 model, as in toy_lm('bd3lm', block_size=2); keywords replace settings by their name."""
+    """Makes a small float32 model of an objective; keywords replace settings by their name."""
 
     def build(objective: str, block_size: int = 0, vocab_size: int = 11, **settings: Any) -> LanguageModel:
         model = dict(
