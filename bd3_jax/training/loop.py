@@ -132,7 +132,7 @@ def train(config: Config, workdir: epath.Path) -> None:
             rows += training.batch_size
             unrecorded.append(metrics)
             jax.block_until_ready(unrecorded[-1 - _IN_FLIGHT :][0])
-            last = step == num_steps or stop.signal is not None
+            last = step == num_steps or stop.signal != 0
 
             values = None
             if step % training.log_every == 0 or step == num_steps:
@@ -166,7 +166,7 @@ def train(config: Config, workdir: epath.Path) -> None:
 def make_update(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
 ) -> Callable[[TrainState, Int[Array, "b L"]], tuple[TrainState, Metrics]]:
-    """(state, rows) -> (state after one more update, train/loss in nats per token and the unclipped train/grad_norm)."""
+    """(state, rows) -> (state after one more update, train/loss in nats per token and train/grad_norm, unclipped)."""
 
     def update(state: TrainState, x0: Int[Array, "b L"]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(_stream(config.seed, _TRAIN), state.step)
@@ -207,7 +207,7 @@ class _StopSignals:
     """While open, SIGTERM and the first Ctrl-C only note themselves in `signal`; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0  # none
 
     def __enter__(self) -> "_StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
+import dataclasses
 import math
 
 import jax
@@ -76,12 +77,17 @@ def shard_state(
     mesh: Mesh, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
     """The abstract state with shardings: average and moments lie as the parameters do, scalars are everywhere."""
-    params, everywhere = param_shardings(mesh, network), NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, own: own, abstract.opt_state, params, transform_non_params=lambda _: everywhere
+    shardings, everywhere = param_shardings(mesh, network), NamedSharding(mesh, PartitionSpec())
+
+    def place(array: jax.ShapeDtypeStruct, own: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own)
+
+    return dataclasses.replace(
+        jax.tree.map(place, abstract),
+        params=jax.tree.map(place, abstract.params, shardings),
+        ema=jax.tree.map(place, abstract.ema, shardings),
+        opt_state=optax.tree.map_params(optimizer, place, abstract.opt_state, shardings, transform_non_params=place),
     )
-    shardings = TrainState(everywhere, params, params, opt_state, everywhere, everywhere)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
 def global_batch(rows: Int32[np.ndarray, "local_b L"], batch_size: int, sharding: NamedSharding) -> Int32[Array, "b L"]:

@@ -53,7 +53,7 @@ def init_state(
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The rate as a function of the updates done before, n - 1 for update n (from 1).
 
-    It rises from 0 by learning_rate / warmup_steps an update, then stays, or falls as a half cosine to 0 at `num_steps`.
+    It rises from 0 by learning_rate / warmup_steps an update, then stays, or falls as a cosine to 0 at `num_steps`.
     """
     if config.decay == "cosine":
         after = optax.cosine_decay_schedule(config.learning_rate, max(num_steps - config.warmup_steps, 1))
