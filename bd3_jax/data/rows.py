@@ -1,0 +1,121 @@
+"""Token rows on disk: packing, ArrayRecord files with TFDS' features, and the metadata by which TFDS opens them."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from jaxtyping import Int
+
+from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts
+from bd3_jax.data.tokenizers import SpecialIds, Tokenizer
+from bd3_jax.errors import UserError
+
+_BATCH_CHARACTERS = 2**20  # of documents that are tokenised at once
+
+
+def pack(
+    stream: Int[np.ndarray, " n"], length: int, ids: SpecialIds, insert_special: bool
+) -> tuple[Int[np.ndarray, "rows L"], Int[np.ndarray, " rest"]]:
+    """Cuts a stream of tokens into rows, and returns them with what is left."""
+    body = length - 2 if insert_special else length
+    count = len(stream) // body
+    rows = stream[: count * body].reshape(count, body)
+    if insert_special:
+        rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (ids.bos, ids.eos)))
+    return rows, stream[count * body :]
+
+
+class RowWriter:
+    """Writes documents as rows into one file, which appears under its name when it is complete.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+
+    def __init__(self, path: epath.Path, tokenizer: Tokenizer, settings: RowSettings):
+        self._path = path
+        self._temporary = path.parent / f"{path.name}.tmp"
+        with _writing(path):
+            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # one row a read, as Grain wants it
+        self._features = _features(settings.length, tokenizer.ids)
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._texts: list[str] = []
+        self._characters = 0
+        self._rest = np.zeros(0, np.int32)
+        self._counts = SplitCounts(0, 0, 0, 0)
+
+    def add(self, text: str) -> None:
+        self._texts.append(text)
+        self._characters += len(text)
+        if self._characters >= _BATCH_CHARACTERS:
+            self._flush()
+
+    def close(self) -> SplitCounts:
+        self._flush()
+        with _writing(self._path):
+            self._writer.close()
+            self._temporary.replace(self._path)
+        return dataclasses.replace(self._counts, dropped=len(self._rest))
+
+    def _flush(self) -> None:
+        ids, settings = self._tokenizer.ids, self._settings
+        eos = [ids.eos] if settings.insert_eos else []
+        tokens = [np.array(tokens + eos, np.int32) for tokens in self._tokenizer.encode_batch(self._texts)]
+        rows, self._rest = pack(np.concatenate([self._rest, *tokens]), settings.length, ids, settings.insert_special)
+        with _writing(self._path):
+            for row in rows.astype(self._features["tokens"].np_dtype):
+                self._writer.write(self._features.serialize_example({"tokens": row}))
+        self._counts += SplitCounts(documents=len(tokens), tokens=sum(map(len, tokens)), rows=len(rows), dropped=0)
+        self._texts, self._characters = [], 0
+
+
+def shard_path(directory: epath.Path, corpus: str, split: str, number: int, count: int) -> epath.Path:
+    """Where TFDS looks for shard `number` of `count`."""
+    return _template(directory, corpus, split).sharded_filepath(shard_index=number, num_shards=count)
+
+
+def write_metadata(directory: epath.Path, manifest: Manifest, rows: Mapping[str, Sequence[int]]) -> None:
+    """Makes `directory` a data set for `tfds.builder_from_directory`; `rows` has the rows of every shard of a split."""
+    corpus, length = manifest.settings.corpus, manifest.settings.length
+    splits = []
+    for split, lengths in rows.items():
+        template = _template(directory, corpus, split)
+        size = sum(path.stat().length for path in template.sharded_filepaths(len(lengths)))
+        splits.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=_features(length, manifest.ids),
+        split_infos=splits,
+        check_data=False,  # it would read through TensorFlow, which is not installed
+        description=f"{corpus} as rows of {length} tokens",
+        license=manifest.licence,
+    )
+
+
+def _features(length: int, ids: SpecialIds) -> tfds.features.FeaturesDict:
+    dtype = np.uint16 if ids.vocab_size <= 2**16 else np.int32
+    return tfds.features.FeaturesDict({"tokens": tfds.features.Tensor(shape=(length,), dtype=dtype, encoding="bytes")})
+
+
+def _template(directory: epath.Path, corpus: str, split: str) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=corpus, split=split, filetype_suffix="array_record"
+    )
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for a full disk
+        raise UserError(
+            f"cannot write {path}: {' '.join(str(error).split())}; finished shards stay, so run the same command again "
+            "when that is set right"
+        ) from None
