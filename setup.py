@@ -37,6 +37,7 @@ setup(
         "numpy>=2.0,<3",
         "optax>=0.2.5,<1",
         "orbax-checkpoint>=0.12,<1",
+        "pyarrow>=17",
         "safetensors>=0.5,<1",
         "tensorboardX>=2.6.2,<3",
         "tensorflow-datasets>=4.9.9,<5",  # its data sources need no TensorFlow
