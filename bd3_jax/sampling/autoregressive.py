@@ -48,9 +48,7 @@ def windowed(network: Network, params: Params, window: int) -> Context:
     return Context(None, read)
 
 
-def sample(
-    context: Context, log_probs: LogProbs, mask: int, keys: PRNGKeyArray, canvas: Int[Array, "b S"]
-) -> Samples:
+def sample(context: Context, log_probs: LogProbs, mask: int, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
     """Draws what follows the given prefix. Position 0 must be given; see `block.sample` for the arguments.
 
     A call that reads a given token before another given token draws nothing; with a cache it is a `cache_call`.

@@ -20,8 +20,10 @@ from bd3_jax.sampling.updates import Denoiser, LogProbs, Update
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Finished canvases. `nfe` counts the network calls that drew tokens of a sequence, `cache_calls` those that
-    only stored keys and values."""
+    """Finished canvases.
+
+    `nfe` counts the network calls that drew tokens of a sequence, `cache_calls` those that only stored keys and values.
+    """
 
     tokens: Int[Array, "b S"]
     nfe: Int[Array, "b"]

@@ -48,13 +48,13 @@ class Sampler:
         if c.sampler == "analytic":
             if c.max_length > model.length:
                 raise UserError(
-                    f"config.sampling.max_length is {c.max_length}; allowed: up to model.length = {model.length}, since "
-                    "sedd denoises its whole context at once and cannot go on from there"
+                    f"config.sampling.max_length is {c.max_length}; allowed: up to model.length = {model.length}, "
+                    "since sedd denoises its whole context at once and cannot go on from there"
                 )
             if c.temperature != 1:
                 raise UserError(
-                    f"config.sampling.temperature is {c.temperature}; allowed: 1 with the analytic sampler, whose scores "
-                    "are ratios of probabilities"
+                    f"config.sampling.temperature is {c.temperature}; allowed: 1 with the analytic sampler, "
+                    "whose scores are ratios of probabilities"
                 )
         return cls(model, c.sampler, c.max_length, c.num_steps, c.nucleus, c.temperature, c.kv_cache)
 

@@ -1,0 +1,129 @@
+"""Text from a checkpoint: to the terminal, and to WORKDIR/samples.jsonl."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+from tqdm import tqdm
+
+from bd3_jax.checkpoints import orbax
+from bd3_jax.config import Config, SamplingConfig
+from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.models.transformer import Params
+from bd3_jax.sampling import statistics
+from bd3_jax.sampling.sampler import Sampler, sequence_keys
+
+FILE_NAME = "samples.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A line of samples.jsonl.
+
+    Attributes:
+      index: of the sample in its run; together with the seed it determines the tokens.
+      seed: `sampling.seed`.
+      step: of the checkpoint.
+      text: without the BOS at the beginning; EOS and other special tokens are spelled out.
+      tokens: ids, BOS included.
+      nfe: network calls that drew its tokens.
+      cache_calls: network calls that only stored keys and values.
+      length: tokens of the re-tokenised text that are not EOS, BOS not counted.
+      entropy: of the distribution of its tokens, nats.
+      seconds: of drawing its batch, without compilation, divided by the samples in it.
+    """
+
+    index: int
+    seed: int
+    step: int
+    text: str
+    tokens: list[int]
+    nfe: int
+    cache_calls: int
+    length: int
+    entropy: float
+    seconds: float
+
+    def headline(self) -> str:
+        figures = f"{self.length} tokens, {self.nfe} calls, entropy {self.entropy:.2f} nats, {self.seconds:.2f} s"
+        return f"--- sample {self.index}: {figures}"
+
+
+def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
+    """Draws `config.sampling.num_samples` texts from a run's newest checkpoint, prints and writes them.
+
+    `WORKDIR/samples.jsonl` always holds the newest samples, one object a line (see `Sample`), written as they are
+    drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number.
+
+    Raises:
+      UserError: if there is no checkpoint, or it cannot do what is asked.
+    """
+    params, step = orbax.restore_params(config, workdir, config.sampling.weights)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    sampler = Sampler.from_config(LanguageModel.from_config(config, tokenizer.ids), config.sampling)
+    # The prompt is checked before anything is compiled.
+    row = sampler.canvas([tokenizer.encode(config.sampling.prompt)])[0]
+
+    samples: list[Sample] = []
+    path, kept = workdir / FILE_NAME, None
+    with tqdm(total=config.sampling.num_samples, unit=" samples", file=sys.stderr) as progress:
+        for batch in draw(config.sampling, sampler, params, row, tokenizer, step):
+            if not samples:
+                kept = _make_way(path)
+            with path.open("a") as file:
+                file.writelines(json.dumps(dataclasses.asdict(drawn)) + "\n" for drawn in batch)
+            for drawn in batch:
+                progress.write(f"{drawn.headline()}\n{drawn.text}\n", file=sys.stdout)
+            progress.update(len(batch))
+            samples += batch
+    print(f"{len(samples)} samples in {path}" + (f"; earlier ones are now in {kept}" if kept else ""))
+    return [dataclasses.asdict(drawn) for drawn in samples]
+
+
+def draw(
+    c: SamplingConfig, sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenizer: Tokenizer, step: int
+) -> Iterator[list[Sample]]:
+    """Samples of one canvas row, batch by batch. All batches have one shape: the surplus of the last is dropped."""
+    batch = min(c.batch_size, c.num_samples)
+    canvas = np.tile(row, (batch, 1))
+    compiled = jax.jit(sampler).lower(params, sequence_keys(c.seed, np.arange(batch)), canvas).compile()
+    for first in range(0, c.num_samples, batch):
+        began = time.perf_counter()
+        result = jax.device_get(compiled(params, sequence_keys(c.seed, np.arange(first, first + batch)), canvas))
+        real = min(batch, c.num_samples - first)
+        seconds = (time.perf_counter() - began) / real
+        rows = [tokens.tolist() for tokens in result.tokens[:real]]
+        yield [
+            Sample(
+                index=first + place,
+                seed=c.seed,
+                step=step,
+                text=tokenizer.decode(tokens[1:]),
+                tokens=tokens,
+                nfe=int(result.nfe[place]),
+                cache_calls=int(result.cache_calls[place]),
+                length=statistics.length(tokens, tokenizer),
+                entropy=statistics.entropy(tokens),
+                seconds=seconds,
+            )
+            for place, tokens in enumerate(rows)
+        ]
+
+
+def _make_way(path: epath.Path) -> epath.Path | None:
+    """Renames an existing file to the next free number, and returns its new name."""
+    if not path.exists():
+        return None
+    number = 1
+    while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
