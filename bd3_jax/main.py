@@ -35,6 +35,9 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
     # Imported here, so that a mistake is reported at once and before any device is taken.
+    from bd3_jax import runtime
+
+    runtime.start()
     if mode == "train":
         from bd3_jax.training.loop import train
 

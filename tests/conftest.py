@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from bd3_jax.checkpoints.pytorch import from_tensors
-from bd3_jax.config import ModelConfig, NoiseConfig
+from bd3_jax.config import Config, ModelConfig, NoiseConfig, from_config_dict
+from bd3_jax.configs import base
+from bd3_jax.data.prepare import prepare
 from bd3_jax.data.tokenizers import SpecialIds
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Network
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# What one test has compiled, no other compiles again, whatever its process and whatever the run of the suite.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def assert_agree(ours: Any, reference: np.ndarray) -> None:
@@ -116,3 +123,28 @@ def random_params() -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * scale).astype(np.float32), abstract)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """tiny_config('bd3lm,block_size=4', **{'training.num_steps': 6}): a model that trains in seconds, its data prepared."""
+    source, rows = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data") / "rows"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 90), ("validation", 10)):
+        (source / split).mkdir()
+        text = "\n".join(json.dumps({"text": " ".join(rng.choice(["red", "blue", "cat", "dog"], 40))}) for _ in range(count))
+        (source / split / "documents.jsonl").write_text(text)
+
+    def build(string: str, **overrides: Any) -> Config:
+        config = base.get_config(string)
+        config.model.update(length=16, width=32, num_layers=2, num_heads=2, cond_dim=8, dtype="float32")
+        config.data.update(corpus="files", source=str(source), directory=str(rows), tokenizer="bytes")
+        config.optimizer.update(warmup_steps=4, learning_rate=1e-3)
+        config.training.update(num_steps=6, batch_size=8, log_every=1, eval_every=4, checkpoint_every=4)
+        config.eval.update(batch_size=8, num_batches=2)
+        config.sampling.update(num_samples=2, batch_size=2, max_length=16, num_steps=4)
+        config.update_from_flattened_dict(overrides)
+        return from_config_dict(config)
+
+    prepare(build("ar").data, build("ar").model.length)
+    return build

@@ -8,6 +8,8 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from bd3_jax.evaluation.report import read_records
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -47,18 +49,8 @@ def append_record(workdir: epath.Path, record: dict[str, Any]) -> None:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def read_records(workdir: epath.Path) -> list[dict[str, Any]]:
-    """All records of a run, in the order of writing; none if it has not begun."""
-    path = workdir / FILE_NAME
-    if not path.exists():
-        return []
-    *lines, unfinished = path.read_text().split("\n")
-    del unfinished  # empty, unless the process was killed while it wrote
-    return [json.loads(line) for line in lines]
-
-
 def _drop_after(path: epath.Path, step: int) -> None:
-    kept = [record for record in read_records(path.parent) if record["step"] <= step]
+    kept = [record for record in read_records(path) if record["step"] <= step]
     if path.exists():
         temporary = path.parent / f"{FILE_NAME}.tmp"
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,81 @@
+"""Run by test_sharding.py with 8 devices: eight_devices.py FOLDER MESH... prints what each mesh computes, as JSON.
+
+A mesh of fewer devices than there are takes the first of them.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+
+from bd3_jax.config import MeshConfig, from_config_dict
+from bd3_jax.configs import workdir
+from bd3_jax.data.pipeline import open_dataset, train_batches
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.training import sharding
+from bd3_jax.training.loop import make_update
+from bd3_jax.training.state import init_state, make_optimizer
+
+STEPS = 4
+
+
+def main(folder: epath.Path, meshes: list[str]) -> None:
+    config = from_config_dict(workdir.get_config(str(folder)))
+    dataset = open_dataset(config.data, config.model.length, "train")
+    model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    print(json.dumps({name: run(config, model, dataset, name) for name in meshes}))
+
+
+def run(config, model, dataset, name):
+    shape = MeshConfig(*(int(size) for size in name.split("x")))
+    if shape.data * shape.fsdp * shape.tensor == 1:
+        devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+        mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    else:
+        mesh = sharding.make_mesh(shape)
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    init = functools.partial(init_state, model.network, optimizer, config, jax.random.key(1))
+    abstract = sharding.shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    state = jax.jit(init, out_shardings=shardings)()
+    # The output layer starts at 0 and would hide the gradients behind it.
+    noise = lambda path, p: p + 0.02 * np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32)
+    noisy = jax.device_put(jax.tree_util.tree_map_with_path(noise, jax.device_get(state.params)), shardings.params)
+    state = dataclasses.replace(state, params=noisy)
+
+    rows = sharding.batch_sharding(mesh, config.training.batch_size, "batch")
+    batches = train_batches(dataset, config.training.batch_size, config.seed, 0, 0, 1)
+    global_batch = lambda: sharding.global_batch(next(batches), config.training.batch_size, rows)
+    batch = global_batch()
+    held = {"batch": shard(batch), "step": shard(state.step)}
+    trees = {"params": state.params, "ema": state.ema} | {m: optax.tree.get(state.opt_state, m) for m in ("mu", "nu")}
+    for part, tree in trees.items():
+        held |= {f"{part}/qkv": shard(tree["blocks"]["qkv"]), f"{part}/output": shard(tree["output"]["kernel"])}
+
+    loss = lambda params: model.training_loss(params, batch, jax.random.key(2), 1e-3, 1.0)[0]
+    grads = jax.jit(jax.grad(loss), out_shardings=shardings.params)(state.params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    update, losses = jax.jit(make_update(model, optimizer, config), out_shardings=(shardings, None)), []
+    for _ in range(STEPS):
+        state, metrics = update(state, batch)
+        losses.append(float(metrics["train/loss"]))
+        batch = global_batch()
+    return {
+        "grads": {jax.tree_util.keystr(path): np.ravel(gradient).tolist() for path, gradient in flat},
+        "losses": losses,
+        "held": held,
+    }
+
+
+def shard(array):
+    """Shape of what one device holds."""
+    return list(array.addressable_shards[0].data.shape)
+
+
+if __name__ == "__main__":
+    main(epath.Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,54 @@
+"""Records of a run: what is written, and what a resumed run keeps."""
+
+import json
+import struct
+
+from tensorboardX.proto.event_pb2 import Event
+
+from bd3_jax.training.logging import MetricLog, append_record
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_are_one_object_a_line(tmp_path):
+    log = MetricLog(tmp_path, keep=-1)
+    log.write(1, {"train/loss": 2.5})
+    log.write(2, {"train/loss": float("nan"), "eval/split": "validation"})
+    log.close()
+    assert records(tmp_path) == [
+        {"step": 1, "train/loss": 2.5},
+        {"step": 2, "train/loss": None, "eval/split": "validation"},
+    ]
+
+
+def test_a_resumed_run_repeats_no_step(tmp_path):
+    for step in range(5):
+        append_record(tmp_path, {"step": step, "train/loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train/lo')  # killed while it wrote
+    log = MetricLog(tmp_path, keep=2)
+    log.write(3, {"train/loss": 2.0})
+    log.close()
+    assert [(r["step"], r["train/loss"]) for r in records(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+
+
+def test_a_fresh_run_keeps_nothing(tmp_path):
+    append_record(tmp_path, {"step": 0})
+    MetricLog(tmp_path, keep=-1).close()
+    assert records(tmp_path) == []
+
+
+def test_tensorboard_has_the_numbers(tmp_path):
+    log = MetricLog(tmp_path, keep=6)
+    log.write(7, {"train/loss": 2.5, "eval/split": "validation", "eval/insert_eos": True, "eval/tokens": 12})
+    log.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:  # each is: length (8 bytes), checksum (4), event, checksum (4)
+        size = struct.unpack("<Q", content[:8])[0]
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    scalars = {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
+    assert scalars == {(7, "train/loss"): 2.5, (7, "eval/tokens"): 12}
