@@ -1,6 +1,9 @@
 import dataclasses
 import hashlib
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -208,6 +211,62 @@ def test_no_room_for_a_token(data):
         prepare(dataclasses.replace(data, insert_special=True), 2)
 
 
+@pytest.fixture
+def three_files(data, tmp_path, documents, monkeypatch):
+    """The corpus in three files, each a shard."""
+    for path in (tmp_path / "corpus").iterdir():
+        path.unlink()
+    for n in range(3):
+        (tmp_path / "corpus" / f"{n}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents[n::3]))
+    monkeypatch.setattr("bd3_jax.data.corpora.SHARD_BYTES", 1)
+    return data
+
+
+def test_any_number_of_workers_writes_the_same(three_files, tmp_path):
+    several = dataclasses.replace(three_files, directory=str(tmp_path / "several"))
+    assert prepare(three_files, 16) == prepare(several, 16, workers=2)
+    assert _digest(content_of(tmp_path / "rows")) == _digest(content_of(tmp_path / "several"))
+    with pytest.raises(UserError, match="--workers is 0; allowed: 1 or more"):
+        prepare(three_files, 16, workers=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_malformed_records_are_counted_or_fatal(three_files, tmp_path, capsys, workers):
+    path = tmp_path / "corpus" / "1.jsonl"
+    path.write_text(path.read_text() + '\n{"text": \n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"1\.jsonl, line 68: Expecting value"):
+        prepare(three_files, 16, workers=workers, strict=True)
+    for leftover in tmp_path.glob("rows.*"):
+        epath.Path(leftover).rmtree()
+    manifest = prepare(three_files, 16, workers=workers)
+    assert manifest.malformed == 2
+    assert sum(split.documents for split in manifest.splits.values()) == 200
+    assert "2 malformed records left out, the first: " in capsys.readouterr().out
+    assert manifest.first_malformed.startswith(f"{path}, line 68: Expecting value")
+
+
+def test_a_full_disk_is_told_and_what_is_done_is_kept(three_files, tmp_path):
+    """A limit on the size of files stands for the disk: the second shard is too large for it."""
+    (tmp_path / "corpus" / "1.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(200_000)))}))
+    data = dataclasses.replace(three_files, tokenizer="bytes")
+    program = f"""
+import resource, signal
+from bd3_jax.config import DataConfig
+from bd3_jax.data import corpora
+from bd3_jax.data.prepare import prepare
+corpora.SHARD_BYTES = 1
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+prepare({data!r}, 64)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    message = result.stderr.splitlines()[-1]
+    assert re.search(r"UserError: cannot write .*-00001-of-00003.*File too large.*finished shards stay", message)
+    assert not (tmp_path / "rows").exists()
+    assert [path.name for path in (tmp_path / "rows.unfinished").glob("shard-*")] == ["shard-00000.json"]
+    assert prepare(data, 64).splits["train"].rows > 10_000
+
+
 class Killed(BaseException):
     """Stands for the end of the process: no handler of ours catches it."""
 
@@ -243,6 +302,19 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
     assert len(written) == moment + 6 - 2 * ((moment - 1) // 2)  # finished shards are not written again
     assert _digest(content_of(tmp_path / "rows")) == _digest(content_of(tmp_path / "whole"))
     assert not (tmp_path / "rows.unfinished").exists()
+
+
+def test_interrupted_while_moving_into_place(data, tmp_path, monkeypatch):
+    prepare(dataclasses.replace(data, directory=str(tmp_path / "whole")), 16)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "unlink", lambda path: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prepare(data, 16)
+    monkeypatch.undo()
+    assert not (tmp_path / "rows").exists()
+    with pytest.raises(UserError, match=r"rows\.unfinished was prepared with data\.insert_eos = True, but it is False"):
+        prepare(dataclasses.replace(data, insert_eos=False), 16)
+    prepare(data, 16)
+    assert _digest(content_of(tmp_path / "rows")) == _digest(content_of(tmp_path / "whole"))
 
 
 def test_an_interrupted_preparation_of_other_files_is_not_continued(data, tmp_path, monkeypatch):

