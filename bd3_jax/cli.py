@@ -22,12 +22,18 @@ class Verb(NamedTuple):
 def prepare(argv: Sequence[str]) -> None:
     """Turns a corpus into rows of tokens.
 
-    bd3 prepare --config=FILE.py[:STRING] [--config.data.NAME=VALUE ...]
+    bd3 prepare --config=FILE.py[:STRING] [--config.data.NAME=VALUE ...] [--workers=N] [--strict]
+
+    --workers: processes; with 1, the default, one process tokenises in all cores
+    --strict: a record without text is an error; else it is left out and counted
     """
-    config = command_line.parse(argv, flags.FlagValues(), usage=prepare.__doc__ or "")
+    values = flags.FlagValues()
+    flags.DEFINE_integer("workers", 1, "processes", flag_values=values)
+    flags.DEFINE_boolean("strict", False, "a record without text is an error", flag_values=values)
+    config = command_line.parse(argv, values, usage=prepare.__doc__ or "")
     from bd3_jax.data.prepare import prepare as prepare_rows
 
-    prepare_rows(config.data, config.model.length)
+    prepare_rows(config.data, config.model.length, values.workers, values.strict)
 
 
 def report(argv: Sequence[str]) -> None:

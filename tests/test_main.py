@@ -57,8 +57,10 @@ def test_main_and_bd3_are_the_same_entry(mode, calls):
 
 def test_prepare_needs_no_workdir(calls):
     assert cli.main(["prepare", CONFIG, "--config.data.directory=rows"]) == 0
-    name, data, length = calls[0]
-    assert (name, data.directory, length) == ("prepare", "rows", 128)
+    assert cli.main(["prepare", CONFIG, "--workers=3", "--strict"]) == 0
+    name, data, *arguments = calls[0]
+    assert (name, data.directory, *arguments) == ("prepare", "rows", 128, 1, False)
+    assert calls[1][2:] == (128, 3, True)
 
 
 @pytest.mark.parametrize("form", [["--config", "configs/quickstart.py"], ["-config=configs/quickstart.py"]])
