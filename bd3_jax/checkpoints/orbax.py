@@ -73,7 +73,7 @@ def restore_params(
     run_folder.check_architecture(config, workdir)
 
     field = "ema" if weights == "ema" else "params"
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(workdir.resolve() / FOLDER, item_handlers=handlers) as manager:
         saved = manager.item_metadata(step)["state"].tree[field]
         if shardings is None:

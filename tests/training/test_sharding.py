@@ -63,10 +63,11 @@ def runs(tiny_config, tmp_path_factory) -> dict:
     """What tests/training/eight_devices.py found for every mesh."""
     folder = tmp_path_factory.mktemp("eight")
     # Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
-    overrides = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16}
+    overrides = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "optimizer.clip_norm": 1e6}
     run_folder.write_config(tiny_config("bd3lm,block_size=4", **overrides), folder)
     script = Path(__file__).parent / "eight_devices.py"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(script), str(folder), *MESHES]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

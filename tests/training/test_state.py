@@ -48,7 +48,9 @@ def test_updates(decay):
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 4)), "b": {"c": rng.normal(size=5)}}
     # Global norms on both sides of the bound.
-    grads = [jax.tree.map(lambda p, n=n: rng.normal(size=p.shape) * 10 ** rng.uniform(-2, 1), params) for n in range(12)]
+    grads = [
+        jax.tree.map(lambda p, n=n: rng.normal(size=p.shape) * 10 ** rng.uniform(-2, 1), params) for n in range(12)
+    ]
     norms = [math.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grad))) for grad in grads]
     assert min(norms) < c.clip_norm < max(norms)
 

@@ -1,0 +1,129 @@
+"""Checkpoints: what comes back, what is kept, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, restore_params
+from bd3_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: jax.Array
+    params: dict
+    ema: dict
+    moments: tuple
+
+
+@jax.jit
+def make(step):
+    params = {"a": jnp.arange(6.0).reshape(2, 3) + step, "blocks": {"b": jnp.arange(4.0) * step}}
+    return State(step, params, jax.tree.map(lambda p: -p, params), (params, jnp.ones(())))
+
+
+def equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_config):
+    """A run with checkpoints 1, 2 and 3, of which the last two are kept."""
+    config = tiny_config("bd3lm,block_size=4")
+    run_folder.write_config(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make(jnp.int32(step)), {"rows": 10 * step, "losses": [0.1, 1 / 3]})
+    checkpoints.close()
+    return config, tmp_path
+
+
+def test_state_and_position_come_back(run):
+    _, workdir = run
+    checkpoints = Checkpoints(workdir, keep=2)
+    state, position = checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0)))
+    checkpoints.close()
+    equal(state, make(jnp.int32(3)))
+    assert position == {"rows": 30, "losses": [0.1, 1 / 3]}
+
+
+def test_the_last_are_kept(run):
+    _, workdir = run
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "3"]
+    assert latest_step(workdir) == 3
+
+
+def test_what_is_saved_is_the_state_at_that_time(tmp_path):
+    """Its buffers are given away to the next update while the files are being written."""
+    advance = jax.jit(lambda x: x + 1, donate_argnums=0)
+    state = {"x": jnp.zeros((512, 1024))}
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    checkpoints.save(0, state, {})
+    for _ in range(5):
+        state = jax.tree.map(advance, state)
+    restored, _ = checkpoints.restore(0, jax.eval_shape(lambda: {"x": jnp.zeros((512, 1024))}))
+    checkpoints.close()
+    assert (restored["x"] == 0).all()
+
+
+def test_an_unfinished_save_is_not_read(run):
+    _, workdir = run
+    unfinished = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert latest_step(workdir) == 3
+    Checkpoints(workdir, keep=2).close()
+    assert latest_step(workdir) == 3
+
+
+@pytest.mark.parametrize(("weights", "sign"), [("raw", 1), ("ema", -1)])
+def test_parameters_alone(run, weights, sign):
+    config, workdir = run
+    params, step = restore_params(config, workdir, weights)
+    assert step == 3
+    equal(params, jax.tree.map(lambda p: sign * p, make(jnp.int32(3)).params))
+
+
+def test_parameters_with_a_sharding(run):
+    config, workdir = run
+    everywhere = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec())
+    params, _ = restore_params(config, workdir, "ema", everywhere)
+    assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(params))
+
+
+def test_no_checkpoint(tmp_path, tiny_config):
+    with pytest.raises(UserError, match=rf"{tmp_path}/nowhere has no checkpoint"):
+        restore_params(tiny_config("ar"), tmp_path / "nowhere", "ema")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("string", "overrides", "message"),
+    [
+        ("bd3lm,block_size=4", {"model.width": 48}, "config.model.width is 48, but .*/config.json has 32"),
+        ("bd3lm,block_size=8", {}, "config.block_size is 8, but .* has 4"),
+        ("mdlm", {}, "config.objective is 'mdlm', but .* has 'bd3lm'"),
+    ],
+)
+def test_another_architecture(run, tiny_config, string, overrides, message):
+    with pytest.raises(UserError, match=message):
+        restore_params(tiny_config(string, **overrides), run[1], "ema")
+
+
+def test_settings_that_do_not_matter_to_the_parameters(run, tiny_config):
+    other = tiny_config("bd3lm,block_size=4", **{"sampling.nucleus": 0.5, "optimizer.learning_rate": 1.0})
+    assert restore_params(other, run[1], "ema")[1] == 3
+
+
+def test_missing_or_damaged_settings(run):
+    config, workdir = run
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(workdir / "config.json")
+        with pytest.raises(UserError, match=r"config.json, the settings of the run, cannot be read"):
+            restore_params(config, workdir, "ema")
