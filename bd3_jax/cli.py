@@ -36,20 +36,40 @@ def prepare(argv: Sequence[str]) -> None:
     prepare_rows(config.data, config.model.length, values.workers, values.strict)
 
 
+def inspect(argv: Sequence[str]) -> None:
+    """Shows what is in a prepared corpus: counts, lengths of documents, first rows.
+
+    bd3 inspect DATA
+    """
+    folder = _one_folder(argv, inspect.__doc__ or "", example="bd3 inspect data/quickstart")
+    from bd3_jax.data.inspection import inspect as describe
+
+    print(describe(folder))
+
+
 def report(argv: Sequence[str]) -> None:
     """Writes a run's curves, samples and settings as one page, WORKDIR/report.html.
 
     bd3 report WORKDIR
     """
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("bd3 report takes one folder, as in bd3 report runs/quickstart")
+    folder = _one_folder(argv, report.__doc__ or "", example="bd3 report runs/quickstart")
     from bd3_jax.evaluation.report import write_report
 
-    print(f"report in {write_report(epath.Path(argv[0]))}")
+    print(f"report in {write_report(folder)}")
+
+
+def _one_folder(argv: Sequence[str], usage: str, example: str) -> epath.Path:
+    if "--help" in argv or "-h" in argv:
+        print(usage.strip())
+        raise SystemExit(0)
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError(f"expected one folder, as in {example}; found {' '.join(argv) or 'none'}")
+    return epath.Path(argv[0])
 
 
 VERBS = {
     "prepare": Verb("turn a corpus into rows of tokens", prepare),
+    "inspect": Verb("what is in a prepared corpus", inspect),
     "train": Verb("train a model, or train it on", partial(entry.run, mode="train")),
     "eval": Verb("likelihood and perplexity of a checkpoint on a prepared split", partial(entry.run, mode="eval")),
     "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),

@@ -5,6 +5,7 @@ The programs behind them are replaced by recorders here; the end-to-end test run
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -104,7 +105,10 @@ def test_flags_can_come_from_a_file(tmp_path, calls):
 MISTAKES = [
     # arguments of bd3, what the line must name
     (["trian"], "unknown verb 'trian'; did you mean train?"),
-    (["zzz"], "unknown verb 'zzz'; allowed: prepare, train, eval, sample"),
+    (["zzz"], "unknown verb 'zzz'; allowed: prepare, inspect, train, eval, sample"),
+    (["inspect"], "expected one folder, as in bd3 inspect data/quickstart; found none"),
+    (["report", "a", "b"], "expected one folder, as in bd3 report runs/quickstart; found a b"),
+    (["inspect", "nowhere"], "nothing is prepared in 'nowhere'"),
     (["train"], "--config is missing, as in --config=configs/quickstart.py:bd3lm,block_size=8 (no --workdir"),
     (["train", "--workdir=run"], "run/config.json does not exist"),
     (["prepare"], "--config is missing"),
@@ -216,7 +220,7 @@ def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])
     assert end.value.code == 0
-    assert "--config" in capsys.readouterr().out
+    assert re.search(rf"^bd3 .*\b{verb}\b", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_installed_programs_report_mistakes_without_a_traceback():

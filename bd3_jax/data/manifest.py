@@ -1,7 +1,12 @@
-"""`manifest.json`: how a folder of token rows was made, and what is in it. Checked whenever rows are read."""
+"""What lies beside token rows: `manifest.json` and `lengths.json`.
 
+The manifest says how the rows were made and what is in them; it is checked whenever rows are read.
+"""
+
+import collections
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +17,7 @@ from bd3_jax.data.tokenizers import TRAINED, SpecialIds
 from bd3_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
+LENGTHS = "lengths.json"
 FORMAT = 1
 
 # Settings that decide what the rows are, under the names by which a user knows them.
@@ -134,3 +140,26 @@ def load_manifest(directory: epath.Path) -> Manifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the corpus anew") from None
+
+
+def save_lengths(directory: epath.Path, shards: Sequence[Mapping[str, Mapping[str, int]]]) -> None:
+    """Adds up the shards' `{split: {tokens of a document: documents}}`."""
+    sums: dict[str, collections.Counter[int]] = {}
+    for shard in shards:
+        for split, lengths in shard.items():
+            sums.setdefault(split, collections.Counter()).update({int(n): count for n, count in lengths.items()})
+    content = {split: dict(sorted(lengths.items())) for split, lengths in sums.items()}
+    (directory / LENGTHS).write_text(json.dumps(content))
+
+
+def load_lengths(directory: epath.Path) -> dict[str, collections.Counter[int]]:
+    """For every split: tokens of a document (without EOS) -> documents. Raises UserError where the file is damaged."""
+    path = directory / LENGTHS
+    try:
+        content = json.loads(path.read_text())
+        return {
+            split: collections.Counter({int(n): count for n, count in lengths.items()})
+            for split, lengths in content.items()
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); prepare the corpus anew") from None

@@ -65,6 +65,11 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
     counts = manifest.splits[split]
     if counts.rows == 0:
         raise UserError(f"split {split!r} of {directory} has {counts.tokens} tokens, too few for a row of {length}")
+    return open_rows(directory, manifest, split)
+
+
+def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
+    """Opens a split that has rows, whatever the settings. Raises UserError if the tokenizer is not the manifest's."""
     tokenizer = load_tokenizer(directory / "tokenizer")
     if tokenizer.fingerprint != manifest.fingerprint:
         raise UserError(f"{directory / 'tokenizer'} is not the tokenizer that {directory} was prepared with")

@@ -2,6 +2,7 @@
 
     DIRECTORY/
       manifest.json                                      settings, tokenizer fingerprint, special ids, counts
+      lengths.json                                       how many documents of each split have how many tokens
       tokenizer/tokenizer.json
       dataset_info.json, features.json                   for `tfds.builder_from_directory(DIRECTORY)`
       CORPUS-SPLIT.array_record-00000-of-00001, ...      {"tokens": uint16 [L]} (int32 where V > 65,536), in order
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import Corpus, Shard, get_corpus
-from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest
+from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest, save_lengths
 from bd3_jax.data.readers import Malformed
 from bd3_jax.data.rows import RowWriter, shard_path, write_metadata
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
@@ -166,7 +167,9 @@ class _Task:
         for split, text in _documents(self.corpus, self.shard, report, malformed):
             writers[split].add(text)
         counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
-        _write_json(self.result, {"splits": counts, "malformed": malformed.count, "first": malformed.first})
+        lengths = {split: writer.lengths for split, writer in writers.items()}
+        result = {"splits": counts, "lengths": lengths, "malformed": malformed.count, "first": malformed.first}
+        _write_json(self.result, result)
 
 
 def _write_shards(
@@ -273,6 +276,7 @@ def _finish(
         first_malformed=next((result["first"] for result in results if result["first"]), ""),
     )
     _require_rows(unfinished, manifest)
+    save_lengths(unfinished, [result["lengths"] for result in results])
     write_metadata(unfinished, manifest, {split: [n.rows for n in parts] for split, parts in counts.items()})
     manifest.save(unfinished)
     return manifest

@@ -1,5 +1,6 @@
 """Token rows on disk: packing, ArrayRecord files with TFDS' features, and the metadata by which TFDS opens them."""
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class RowWriter:
         self._texts: list[str] = []
         self._characters = 0
         self._rest = np.zeros(0, np.int32)
+        self.lengths: collections.Counter[int] = collections.Counter()  # of documents, in tokens without EOS
         self._counts = SplitCounts(0, 0, 0, 0)
 
     def add(self, text: str) -> None:
@@ -65,7 +67,9 @@ class RowWriter:
     def _flush(self) -> None:
         ids, settings = self._tokenizer.ids, self._settings
         eos = [ids.eos] if settings.insert_eos else []
-        tokens = [np.array(tokens + eos, np.int32) for tokens in self._tokenizer.encode_batch(self._texts)]
+        encoded = self._tokenizer.encode_batch(self._texts)
+        self.lengths.update(map(len, encoded))
+        tokens = [np.array(tokens + eos, np.int32) for tokens in encoded]
         rows, self._rest = pack(np.concatenate([self._rest, *tokens]), settings.length, ids, settings.insert_special)
         with _writing(self._path):
             for row in rows.astype(self._features["tokens"].np_dtype):
