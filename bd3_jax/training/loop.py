@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
 from bd3_jax.config import Config
-from bd3_jax.data.manifest import load_manifest
+from bd3_jax.data.manifest import is_prepared, load_manifest
 from bd3_jax.data.pipeline import Dataset, open_dataset, train_batches
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate_params
@@ -144,7 +144,7 @@ def train(config: Config, workdir: epath.Path) -> None:
                 speed = timed_steps * training.batch_size * model.length / seconds
                 seconds, timed_steps = 0.0, 0
                 log.write(step, values | {"train/tokens_per_second": speed})
-                bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {speed:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
             # Before saving, so that a checkpoint's metrics are complete up to its step.
             if step % training.eval_every == 0 or step == num_steps:
@@ -192,6 +192,8 @@ def _means(records: list[dict[str, Array | float]]) -> dict[str, float]:
 
 def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
+    if not is_prepared(workdir):
+        raise UserError(f"{workdir} has a checkpoint but no manifest.json: it can be evaluated, not continued")
     began_with, found = load_manifest(workdir), dataset.manifest
     for name, old, new in (
         ("tokenizer", began_with.fingerprint, found.fingerprint),
