@@ -53,6 +53,7 @@ class NoiseConfig:
 class DataConfig:
     corpus: str
     source: str
+    field: str
     directory: str
     tokenizer: str
     vocab_size: int

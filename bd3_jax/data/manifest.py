@@ -24,6 +24,7 @@ FORMAT = 1
 _NAMES = {
     "corpus": "data.corpus",
     "source": "data.source",
+    "field": "data.field",
     "tokenizer": "data.tokenizer",
     "vocab_size": "data.vocab_size",
     "length": "model.length",
@@ -38,6 +39,7 @@ class RowSettings:
 
     corpus: str
     source: str  # only compared when preparing: rows may be read where their source is not
+    field: str
     tokenizer: str
     vocab_size: int  # asked of a tokenizer that is trained on the corpus; 0 for any other
     length: int  # L
@@ -47,14 +49,16 @@ class RowSettings:
     @classmethod
     def of(cls, data: DataConfig, length: int) -> "RowSettings":
         """Raises UserError for an unknown corpus or rows without room for a token."""
-        tokenizer = data.tokenizer or get_corpus(data.corpus).tokenizer
+        corpus = get_corpus(data.corpus)
+        tokenizer = data.tokenizer or corpus.tokenizer
         if data.insert_special and length < 3:
             raise UserError(
                 f"model.length is {length}; allowed with data.insert_special: 3 or more (BOS, a token, EOS)"
             )
         return cls(
-            corpus=get_corpus(data.corpus).name,
+            corpus=corpus.name,
             source=data.source,
+            field=data.field or corpus.field,
             tokenizer=tokenizer,
             vocab_size=data.vocab_size if tokenizer == TRAINED else 0,
             length=length,

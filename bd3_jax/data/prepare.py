@@ -88,7 +88,7 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
 
 
 def _prepare(unfinished: epath.Path, data: DataConfig, settings: RowSettings, workers: int, strict: bool) -> Manifest:
-    corpus = get_corpus(data.corpus)
+    corpus = dataclasses.replace(get_corpus(data.corpus), field=settings.field)
     with tempfile.TemporaryDirectory() as scratch:
         shards = corpus.shards(data.source, epath.Path(scratch))
         _begin(unfinished, settings, shards)

@@ -38,6 +38,7 @@ def data(tmp_path: Path, corpus: Path) -> DataConfig:
     return DataConfig(
         corpus="files",
         source=str(corpus),
+        field="",
         directory=str(tmp_path / "rows"),
         tokenizer="bpe",
         vocab_size=300,

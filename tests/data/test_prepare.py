@@ -156,6 +156,7 @@ def test_done_is_kept_and_reported(data, capsys, tmp_path):
         ({"insert_special": True}, 16, r"data\.insert_special = False, but it is True"),
         ({"tokenizer": "bytes"}, 16, r"data\.tokenizer = 'bpe', but it is 'bytes'"),
         ({"vocab_size": 301}, 16, r"data\.vocab_size = 300, but it is 301"),
+        ({"field": "id"}, 16, r"data\.field = 'text', but it is 'id'"),
         ({"source": "elsewhere"}, 16, r"data\.source = '.*corpus', but it is 'elsewhere'"),
         ({"corpus": "wikipedia_summaries"}, 16, r"data\.corpus = 'files', but it is 'wikipedia_summaries'"),
     ],
@@ -166,6 +167,18 @@ def test_rows_made_with_other_settings_are_never_overwritten(data, tmp_path, cha
     with pytest.raises(UserError, match=message):
         prepare(dataclasses.replace(data, **change), length)
     assert content_of(tmp_path / "rows") == before
+
+
+def test_the_text_may_be_in_another_field(data, corpus, documents):
+    for path in corpus.iterdir():
+        path.unlink()
+    (corpus / "a.jsonl").write_text("\n".join(json.dumps({"text": "no", "body": text}) for text in documents))
+    data = dataclasses.replace(data, tokenizer="bytes", field="body")
+    prepare(data, 16)
+    text = open_dataset(data, 16, "train").tokenizer.decode(rows_of(data, 16, "train")[0])
+    assert documents[0].startswith(text[: len(documents[0])])
+    with pytest.raises(UserError, match=r"data\.field = 'body', but it is 'text'"):
+        open_dataset(dataclasses.replace(data, field=""), 16, "train")
 
 
 def test_the_size_of_a_vocabulary_that_is_not_trained_does_not_matter(data):
