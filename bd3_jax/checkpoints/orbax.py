@@ -4,9 +4,12 @@ A checkpoint appears under its final name when it is complete, so an interrupted
 `WORKDIR/config.json` beside them says what they are checkpoints of.
 """
 
+import dataclasses
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
@@ -67,27 +70,76 @@ def restore_params(
     Raises:
       UserError: if there is no checkpoint, or it is one of another architecture.
     """
+    step = _require_checkpoint(workdir)
+    run_folder.check_architecture(config, workdir)
+    field = "ema" if weights == "ema" else "params"
+    return _read(workdir, step, {field: shardings})[field], step
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run's newest checkpoint says beside its `config.json`.
+
+    Attributes:
+      step: updates done.
+      vocab_size: V.
+      low: t ~ U[low, high] in the next update.
+      high: see `low`.
+    """
+
+    step: int
+    vocab_size: int
+    low: float
+    high: float
+
+
+def summarize(workdir: epath.Path) -> Summary:
+    """Reads no parameter. Raises UserError if there is no checkpoint."""
+    step = _require_checkpoint(workdir)
+    with _open(workdir) as manager:
+        vocab_size = manager.item_metadata(step)["state"].tree["ema"]["embedding"].shape[0]
+    interval = _read(workdir, step, {"low": None, "high": None})
+    # Through str: the nearest float32 to 0.001 lies above it and would no longer count as the unclipped bound.
+    low, high = (float(str(np.asarray(interval[name]))) for name in ("low", "high"))
+    return Summary(step, vocab_size, low, high)
+
+
+def save_params(workdir: epath.Path, step: int, params: dict[str, Any], low: float, high: float) -> None:
+    """Writes a checkpoint from which one can evaluate and sample: averaged weights and interval, nothing else."""
+    state = {"ema": params, "low": jnp.float32(low), "high": jnp.float32(high)}
+    with ocp.CheckpointManager(workdir.resolve() / FOLDER) as manager:
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+
+
+def _require_checkpoint(workdir: epath.Path) -> int:
     step = latest_step(workdir)
     if step is None:
         raise UserError(f"{workdir} has no checkpoint; train one: bd3 train --config=... --workdir={workdir}")
-    run_folder.check_architecture(config, workdir)
+    return step
 
-    field = "ema" if weights == "ema" else "params"
+
+def _open(workdir: epath.Path) -> ocp.CheckpointManager:
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(workdir.resolve() / FOLDER, item_handlers=handlers) as manager:
-        saved = manager.item_metadata(step)["state"].tree[field]
-        if shardings is None:
-            shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if isinstance(shardings, jax.sharding.Sharding):
-            shardings = jax.tree.map(lambda _: shardings, saved)
-        wanted = {
-            field: jax.tree.map(
-                lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-                saved,
-                shardings,
-            )
-        }
+    return ocp.CheckpointManager(workdir.resolve() / FOLDER, item_handlers=handlers)
+
+
+def _read(workdir: epath.Path, step: int, shardings: dict[str, Any]) -> dict[str, Any]:
+    """Those fields of the state that `shardings` has; one for all arrays of a field will do, None: the first device."""
+
+    def abstract(saved: Any, sharding: Any) -> Any:
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if isinstance(sharding, jax.sharding.Sharding):
+            sharding = jax.tree.map(lambda _: sharding, saved)
+        return jax.tree.map(
+            lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), saved, sharding
+        )
+
+    with _open(workdir) as manager:
+        saved = manager.item_metadata(step)["state"].tree
+        if missing := [name for name in shardings if name not in saved]:
+            raise UserError(f"checkpoint {step} of {workdir} holds {', '.join(saved)} and no {missing[0]}")
+        wanted = {name: abstract(saved[name], sharding) for name, sharding in shardings.items()}
         args = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
-        return manager.restore(step, args=ocp.args.Composite(state=args)).state[field], step
+        return manager.restore(step, args=ocp.args.Composite(state=args)).state

@@ -1,34 +1,47 @@
-"""Files that others published: a hub id, a folder, a .safetensors or a Lightning .ckpt -> their settings and tensors.
-
-Nothing in a file is executed: safetensors holds numbers only, and a .ckpt is read with `torch.load(weights_only=True)`.
-"""
+"""The authors' checkpoints, read and written: config.json in our terms, and model.safetensors or a Lightning .ckpt."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
-from bd3_jax.checkpoints.pytorch import IGNORED, INTERVAL, PREFIX, order
+from bd3_jax.checkpoints import tensor_files
+from bd3_jax.checkpoints.pytorch import INTERVAL, INVERSE_FREQUENCIES, PREFIX, Stored, to_tensors
+from bd3_jax.config import Config, NoiseConfig, from_config_dict
 from bd3_jax.errors import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
+# Keys that the checkpoints of Sahoo et al. and Lou et al. lack. They go with their noise: scaled_loglinear, and
+# position 0 masked like any other.
+_LATER_KEYS = ("block_size", "cross_attn", "adaln", "causal", "var_min")
+
+# V -> the tokenizer that published models of that V were trained with.
+TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What their config.json says of the model, in our terms.
+    """What a checkpoint is a model of.
 
     Attributes:
       objective: ar, mdlm, sedd or bd3lm.
       block_size: 1 for ar, L for mdlm and sedd.
       length: L, the training context.
       vocab_size: V, the mask token included.
+      adaln: False for ar.
+      time_conditioned: whether the network is fed sigma(t), as sedd is, or 0.
       schedule: of losses and likelihoods; scaled_loglinear for the models of Sahoo et al. and Lou et al.
       ignore_bos: whether position 0 is never masked; not so in those older models.
+      low: t ~ U[low, high] in training.
+      high: see `low`.
+      var_min: config.json's word for training in a searched interval.
+      searched: whether the interval lies among the tensors.
     """
 
     objective: str
@@ -46,184 +59,158 @@ class Architecture:
     ignore_bos: bool
     low: float
     high: float
+    var_min: bool
+    searched: bool
+
+    @classmethod
+    def of(cls, config: Config, vocab_size: int, low: float, high: float) -> "Architecture":
+        """Of one of our own runs; `low` and `high` are those of its checkpoint."""
+        m, searched = config.model, config.noise.resample
+        return cls(
+            objective=config.objective, block_size=config.block_size, length=m.length, vocab_size=vocab_size,
+            width=m.width, num_layers=m.num_layers, num_heads=m.num_heads, cond_dim=m.cond_dim, dropout=m.dropout,
+            adaln=config.objective != "ar", time_conditioned=config.objective == "sedd",
+            schedule=config.noise.schedule, ignore_bos=config.noise.ignore_bos,
+            low=low, high=high, var_min=searched, searched=searched,
+        )  # fmt: skip
+
+    def to_config(self) -> Config:
+        """Complete settings: the base config with this architecture, for evaluation and sampling.
+
+        Raises:
+          UserError: naming the setting that makes the architecture impossible.
+        """
+        from bd3_jax.configs import base
+
+        config: ConfigDict = base.get_config("bd3lm,block_size=1" if self.objective == "bd3lm" else self.objective)
+        config.block_size = self.block_size
+        config.model.update(
+            length=self.length, width=self.width, num_layers=self.num_layers, num_heads=self.num_heads,
+            cond_dim=self.cond_dim, dropout=self.dropout,
+        )  # fmt: skip
+        fits = any(self.low <= k / self.block_size <= self.high for k in range(self.block_size + 1))
+        config.noise = dataclasses.asdict(
+            NoiseConfig(self.schedule, self.low, self.high, self.searched and fits, self.ignore_bos)  # type: ignore[arg-type]
+        )
+        config.data.update(corpus="openwebtext", directory="data/openwebtext")
+        config.data.tokenizer = TOKENIZERS.get(self.vocab_size, config.data.tokenizer)
+        config.sampling.max_length = self.length
+        return from_config_dict(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An opened checkpoint; tensors are read one at a time, when asked for."""
+    """An opened checkpoint; tensors are read when asked for."""
 
-    source: str
     architecture: Architecture
-    tensors: Mapping[str, np.ndarray]
+    tensors: Mapping[str, Stored]
 
 
-def open_published(source: str, revision: str | None = None, token: str | bool | None = None) -> Published:
-    """Opens a local path, or downloads a hub id into the hub's cache.
+def open_published(path: epath.Path, weights: Literal["ema", "raw"] = "ema") -> Published:
+    """Opens a checkpoint of the authors.
 
     Args:
-      source: a folder with config.json and model.safetensors (or one .ckpt); such a file with config.json beside it;
-        or a hub id as in `kuleshov-group/bd3lm-owt-block_size4`.
-      revision: branch, tag or commit of a hub id.
+      path: a folder with config.json and model.safetensors (or one .safetensors or .ckpt of any name), or such a file
+        with config.json beside it.
+      weights: see `tensor_files.open_tensors`.
+
+    Raises:
+      UserError: it is incomplete, damaged or contradicts itself, or cannot be read without executing it.
+    """
+    file = _weights(path) if path.is_dir() else path
+    config_file = file.parent / CONFIG
+    if not config_file.exists():
+        raise UserError(f"{config_file} does not exist; it must lie beside {file.name} and describe the model")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{config_file} cannot be read as JSON: {error}") from None
+    tensors = tensor_files.open_tensors(file, weights)
+    return Published(read_architecture(config, tensors, str(config_file)), tensors)
+
+
+def download(source: str, revision: str | None = None, token: str | bool | None = None) -> epath.Path:
+    """The folder of a hub id, in the hub's cache; a progress bar shows what is still to come.
+
+    Args:
+      source: as in `kuleshov-group/bd3lm-owt-block_size4`.
+      revision: branch, tag or commit.
       token: the hub's access token.
 
     Raises:
-      UserError: nothing is there, or it cannot be read safely.
+      UserError: it is no hub id, or the hub does not give it.
     """
-    path = epath.Path(source)
-    if not path.exists():
-        path = _download(source, revision, token)
-    weights = _weights(path) if path.is_dir() else path
-    config_file = weights.parent / CONFIG
-    if not config_file.exists():
-        raise UserError(f"{config_file} does not exist; it must lie beside {weights.name} and describe the model")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(f"{source!r} does not exist here and is no hub id; allowed: a path, or OWNER/NAME")
+    import huggingface_hub
+
     try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise UserError(f"{config_file} is not JSON: {error}") from None
-    tensors = _open_tensors(weights)
-    return Published(source, read_architecture(config, tensors, str(config_file)), tensors)
+        folder = huggingface_hub.snapshot_download(
+            source, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS]
+        )
+    except Exception as error:  # the library's errors have no base class in common
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{source!r} is no path here and could not be taken from the Hugging Face hub ({reason}); download its "
+            f"{CONFIG} and {WEIGHTS} into a folder and give that folder"
+        ) from None
+    return epath.Path(folder)
 
 
 def _weights(folder: epath.Path) -> epath.Path:
     if (folder / WEIGHTS).exists():
         return folder / WEIGHTS
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.ckpt")])
+    kinds = (tensor_files.SAFETENSORS, tensor_files.LIGHTNING)
+    found = sorted(path for path in folder.iterdir() if path.suffix in kinds)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder} must hold {WEIGHTS}, or one .safetensors or .ckpt file; found {names}")
     return found[0]
 
 
-def _download(source: str, revision: str | None, token: str | bool | None) -> epath.Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(f"{source!r} does not exist here and is no hub id; allowed: a path, or OWNER/NAME")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            source, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS]
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{source!r} could not be taken from the hub ({reason}); download its {CONFIG} and {WEIGHTS} into a folder "
-            "and give that folder"
-        ) from None
-    return epath.Path(folder)
-
-
-def _open_tensors(path: epath.Path) -> Mapping[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix == ".ckpt":
-        return _read_lightning(path)
-    raise UserError(f"{path} is neither .safetensors nor .ckpt")
-
-
-class SafetensorsFile(Mapping[str, np.ndarray]):
-    """Names -> float32 arrays, read from disk one by one."""
-
-    def __init__(self, path: epath.Path):
-        from safetensors import SafetensorError, safe_open
-
-        self._path = path
-        try:
-            self._file = safe_open(str(path), framework="numpy")
-            self._names = list(self._file.keys())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no readable safetensors file: {error}") from None
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            tensor = self._file.get_tensor(name)
-        except Exception as error:  # dtypes that numpy lacks surface in several ways
-            raise UserError(f"{self._path}: tensor {name} cannot be read: {error}") from None
-        # Not np.issubdtype: bfloat16 is no numpy float.
-        if tensor.dtype.kind in "iub":
-            raise UserError(f"{self._path}: tensor {name} has dtype {tensor.dtype}, expected a float")
-        return tensor.astype(np.float32, copy=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _read_lightning(path: epath.Path) -> dict[str, np.ndarray]:
-    """The EMA weights of a Lightning checkpoint, or the raw ones where it holds no EMA."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: reading a .ckpt needs PyTorch: pip install 'bd3_jax[torch]'") from None
-    try:
-        # mmap: the optimiser's moments in the file are never read.
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises its own, pickle's and zip's errors
-        raise UserError(
-            f"{path} is no .ckpt of tensors alone and is not opened further, since that could run code: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{path} is no Lightning checkpoint: it holds no 'state_dict'")
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in content["state_dict"].items()}
-    tensors = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX) or name in INTERVAL}
-    shadow = content.get("ema", {}).get("shadow_params") if isinstance(content.get("ema"), dict) else None
-    if shadow is not None:
-        names = order(name for name in tensors if name not in INTERVAL and name.removeprefix(PREFIX) not in IGNORED)
-        if len(shadow) != len(names):
-            raise UserError(f"{path}: ema.shadow_params holds {len(shadow)} tensors, the model {len(names)}")
-        tensors |= dict(zip(names, shadow, strict=True))
-    return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
-
-
-def read_architecture(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str) -> Architecture:
+def read_architecture(config: Any, tensors: Mapping[str, Stored], where: str) -> Architecture:
     """Their config.json in our terms. The interval in the tensors wins over the one in the file.
 
+    Args:
+      config: the parsed file.
+      tensors: of the same checkpoint.
+      where: names the file in errors.
+
     Raises:
-      UserError: naming a key that is missing, of the wrong type or contradicts another.
+      UserError: naming a key that is missing, of the wrong type, impossible or contradicted.
     """
-    if isinstance(config.get("model"), Mapping):
-        return _read_lou(config, where)
+    if not isinstance(config, dict):
+        raise UserError(f"{where} must hold an object of settings, found {type(config).__name__}")
+    if isinstance(config.get("model"), dict):
+        config = _in_later_terms(config, where)
+    low, high = _interval(config, tensors, where)
 
     def get(key: str, kind: type, default: Any = None) -> Any:
-        value = config.get(key, default)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            found = "missing" if value is None else f"{value!r}"
-            raise UserError(f"{where}: {key} is {found}; expected a value of type {kind.__name__}")
-        return value
+        return _get(config, key, kind, where, default)
 
-    length = get("model_length", int)
-    # mdlm-owt was published before the other keys existed, with its older noise.
+    length, layers = get("model_length", int), get("n_blocks", int)
     older = "cross_attn" not in config and "causal" not in config
     causal, adaln = get("causal", bool, False), get("adaln", bool, True)
     cross, timed = get("cross_attn", bool, False), get("time_conditioning", bool)
-    if causal and not adaln:
-        objective = "ar"
-    elif cross:
-        objective = "bd3lm"
+    if causal == adaln or (causal and cross):
+        raise UserError(
+            f"{where}: causal, adaln, cross_attn are {causal}, {adaln}, {cross}; expected True, False, False of an "
+            "autoregressive model, and False, True and either of all others"
+        )
+    if layers > len(tensors):
+        raise UserError(f"{where}: n_blocks is {layers}, but there are {len(tensors)} tensors in all")
+    objective = "ar" if causal else "bd3lm" if cross else "sedd" if timed else "mdlm"
+    if objective == "bd3lm":
+        block_size = get("block_size", int)
     else:
-        objective = "sedd" if timed else "mdlm"
-    block_size = {"ar": 1, "mdlm": length, "sedd": length}.get(objective) or get("block_size", int)
-    if block_size < 1 or length % block_size:
-        raise UserError(f"{where}: block_size is {block_size}; expected a divisor of model_length = {length}")
-    low, high = (
-        # Through str: the nearest float32 to 0.001 lies above it and would no longer count as the unclipped bound.
-        float(str(np.float32(tensors[name]))) if name in tensors else get(name, float, default)
-        for name, default in zip(INTERVAL, (1e-3, 1.0), strict=True)
-    )
-    return Architecture(
+        block_size = 1 if causal else length
+    architecture = Architecture(
         objective=objective,
         block_size=block_size,
         length=length,
         vocab_size=get("vocab_size", int),
         width=get("hidden_dim", int),
-        num_layers=get("n_blocks", int),
+        num_layers=layers,
         num_heads=get("n_heads", int),
         cond_dim=get("cond_dim", int),
         dropout=get("dropout", float),
@@ -233,33 +220,106 @@ def read_architecture(config: Mapping[str, Any], tensors: Mapping[str, np.ndarra
         ignore_bos=not older,
         low=low,
         high=high,
+        var_min=get("var_min", bool, False),
+        searched=any(name in tensors for name in INTERVAL),
     )
+    if architecture.vocab_size < 2:
+        raise UserError(f"{where}: vocab_size is {architecture.vocab_size}; expected 2 or more, the mask included")
+    try:
+        architecture.to_config()
+    except UserError as error:
+        raise UserError(f"{where} describes no possible model: {error}") from None
+    return architecture
 
 
-def _read_lou(config: Mapping[str, Any], where: str) -> Architecture:
-    """`louaaron/sedd-*`: sizes under `model`, and `tokens` without the mask."""
-    model, graph = config["model"], config.get("graph", {})
-    if isinstance(graph, Mapping) and graph.get("type", "absorb") != "absorb":
+def _get(config: Mapping[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
+    value = config.get(key, default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        found = "missing" if key not in config else f"{value!r}"
+        raise UserError(f"{where}: {key} is {found}; expected a value of type {kind.__name__}")
+    return value
+
+
+def _interval(config: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> tuple[float, float]:
+    values = []
+    for name, default in zip(INTERVAL, (1e-3, 1.0), strict=True):
+        if name in tensors:
+            if int(np.prod(tensors[name].shape)) != 1:
+                raise UserError(f"{where}: tensor {name} has shape {tensors[name].shape}, expected a scalar")
+            # Through str: the nearest float32 to 0.001 lies above it and would no longer count as the unclipped bound.
+            values.append(float(str(np.asarray(tensors[name]).reshape(()).astype(np.float32)[()])))
+        else:
+            values.append(_get(config, name, float, where, default))
+    low, high = values
+    if not 0 < low <= high <= 1:
+        raise UserError(f"{where}: {', '.join(INTERVAL)} are {low}, {high}; expected 0 < min <= max <= 1")
+    return low, high
+
+
+def _in_later_terms(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config.json of `louaaron/sedd-*`: sizes under `model`, and `tokens` without the mask."""
+    model, graph = config["model"], config.get("graph")
+    if isinstance(graph, dict) and graph.get("type", "absorb") != "absorb":
         raise UserError(f"{where}: graph.type is {graph['type']!r}; only the absorbing SEDD is supported")
-    keys = {"hidden_size": "model", "n_blocks": "model", "n_heads": "model", "cond_dim": "model", "length": "model"}
-    for key in (*keys, "tokens"):
-        value = config.get(key) if key == "tokens" else model.get(key)
-        if type(value) is not int:
-            raise UserError(f"{where}: {keys.get(key, '')}.{key} is {value!r}; expected an int".replace(": .", ": "))
-    return Architecture(
-        objective="sedd",
-        block_size=model["length"],
-        length=model["length"],
-        vocab_size=config["tokens"] + 1,
-        width=model["hidden_size"],
-        num_layers=model["n_blocks"],
-        num_heads=model["n_heads"],
-        cond_dim=model["cond_dim"],
-        dropout=float(model.get("dropout", 0.1)),
-        adaln=True,
-        time_conditioned=True,
-        schedule="scaled_loglinear",
-        ignore_bos=False,
-        low=1e-3,
-        high=1.0,
-    )
+    if model.get("scale_by_sigma", True) is not True:
+        raise UserError(f"{where}: model.scale_by_sigma is {model['scale_by_sigma']!r}; only true is supported")
+    return {
+        "model_length": _get(model, "length", int, f"{where}, model"),
+        "vocab_size": _get(config, "tokens", int, where) + 1,
+        "hidden_dim": _get(model, "hidden_size", int, f"{where}, model"),
+        "n_blocks": _get(model, "n_blocks", int, f"{where}, model"),
+        "n_heads": _get(model, "n_heads", int, f"{where}, model"),
+        "cond_dim": _get(model, "cond_dim", int, f"{where}, model"),
+        "dropout": _get(model, "dropout", float, f"{where}, model", 0.1),
+        "time_conditioning": True,
+    }
+
+
+def write_published(folder: epath.Path, architecture: Architecture, params: Any) -> None:
+    """Writes config.json and model.safetensors as the authors do; `folder` exists."""
+    from safetensors.numpy import save_file
+
+    tensors = to_tensors(params)
+    frequencies = 10000.0 ** -(np.arange(0, _head_dim(architecture), 2) / _head_dim(architecture))
+    tensors[PREFIX + INVERSE_FREQUENCIES] = frequencies.astype(np.float32)
+    if architecture.searched:
+        tensors |= {
+            name: np.asarray(value, np.float32)
+            for name, value in zip(INTERVAL, (architecture.low, architecture.high), strict=True)
+        }
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config_json(architecture), indent=2) + "\n", encoding="utf-8")
+
+
+def config_json(architecture: Architecture) -> dict[str, Any]:
+    """Their config.json, of which `read_architecture` makes the same architecture again."""
+    a = architecture
+    older = a.schedule == "scaled_loglinear" and not a.ignore_bos and a.objective in ("mdlm", "sedd")
+    content = {
+        "model_type": "mdlm" if older else "bd3lm",
+        "architectures": ["MDLM" if older else "BD3LM"],
+        "block_size": a.block_size,
+        "vocab_size": a.vocab_size,
+        "model_length": a.length,
+        "cross_attn": a.objective == "bd3lm",
+        "adaln": a.adaln,
+        "attn_backend": "sdpa",
+        "causal": a.objective == "ar",
+        "hidden_dim": a.width,
+        "cond_dim": a.cond_dim,
+        "n_blocks": a.num_layers,
+        "n_heads": a.num_heads,
+        "dropout": a.dropout,
+        "time_conditioning": a.time_conditioned,
+        "var_min": a.var_min,
+        "sampling_eps_min": a.low,
+        "sampling_eps_max": a.high,
+        "torch_dtype": "float32",
+    }
+    return {key: value for key, value in content.items() if not (older and key in _LATER_KEYS)}
+
+
+def _head_dim(architecture: Architecture) -> int:
+    return architecture.width // architecture.num_heads

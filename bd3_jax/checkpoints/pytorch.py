@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -13,7 +13,16 @@ from bd3_jax.errors import UserError
 PREFIX = "backbone."
 INTERVAL = ("sampling_eps_min", "sampling_eps_max")
 """Scalars of a model that searched its clipped interval; they stand without the prefix."""
-IGNORED = ("rotary_emb.inv_freq",)
+INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
+IGNORED = (INVERSE_FREQUENCIES,)
+
+
+class Stored(Protocol):
+    """A tensor that may still lie on disk; `np.asarray` reads it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __array__(self) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +122,16 @@ def to_tensors(params: Any) -> dict[str, np.ndarray]:
     }
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any) -> Any:
+def from_tensors(tensors: Mapping[str, Stored], abstract_params: Any, shardings: Any = None) -> Any:
     """Their tensors as our float32 parameters.
+
+    Names and shapes are compared before anything is read. Then one parameter at a time is read, so that little more
+    than the parameters themselves is ever held.
 
     Args:
       tensors: by name, with or without the `backbone.` prefix.
       abstract_params: shapes of the parameters to fill (`Network.abstract_params`).
+      shardings: where each parameter is to lie, on all hosts; None gives numpy arrays.
 
     Raises:
       UserError: listing tensors that are missing, unexpected, misshapen or not finite.
@@ -131,20 +144,32 @@ def from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any) -> Any
     }
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in theirs]
     for name, value in theirs.items():
-        if name in IGNORED:
-            continue
-        if name not in expected:
+        if name not in expected and name not in IGNORED:
             problems.append(f"unexpected {name} {value.shape}")
-        elif value.shape != expected[name]:
+        elif name in expected and value.shape != expected[name]:
             problems.append(f"{name} has shape {value.shape}, expected {expected[name]}")
-        elif not np.isfinite(value).all():
-            problems.append(f"{name} {value.shape} holds values that are not finite")
+    _refuse(problems)
+
+    parts: dict[tuple[str, ...], list[tuple[Tensor, int | None]]] = {}
+    for tensor, layer, _ in entries:
+        path = tensor.path if layer is None else ("blocks", *tensor.path)
+        parts.setdefault(path, []).append((tensor, layer))
+
+    def read(path: tuple[Any, ...], leaf: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
+        array = np.empty(leaf.shape, np.float32)
+        for tensor, layer in parts[tuple(key.key for key in path)]:
+            value = np.asarray(theirs[tensor.name])
+            if not np.isfinite(value).all():
+                problems.append(f"{tensor.name} {value.shape} holds values that are not finite")
+            target = array if layer is None else array[layer]
+            target[...] = tensor.to_ours(value, target.shape)
+        return array if sharding is None else jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    params = jax.tree_util.tree_map_with_path(read, abstract_params, *([] if shardings is None else [shardings]))
+    _refuse(problems)
+    return params
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise UserError("tensors do not fit the model: " + "; ".join(problems))
-
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract_params)
-    for tensor, layer, _ in entries:
-        leaf = _get(params if layer is None else params["blocks"], tensor.path)
-        target = leaf if layer is None else leaf[layer]
-        target[...] = tensor.to_ours(theirs[tensor.name], target.shape)
-    return params

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
@@ -46,6 +46,33 @@ class Result:
     insert_special: bool
     insert_eos: bool
     first_counted: bool
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        losses: Float[np.ndarray, "n"],
+        length: int,
+        estimator: str,
+        split: str,
+        insert_special: bool,
+        insert_eos: bool,
+    ) -> "Result":
+        """Pools the summed losses of n sequences of `length` tokens."""
+        counted = lm.counted(length)
+        counts = np.full(losses.shape, int(counted.sum()))
+        nll, error = pool(losses, counts)
+        return cls(
+            nll=nll,
+            standard_error=error,
+            tokens=int(counts.sum()),
+            sequences=len(losses),
+            estimator="exact" if lm.is_exact else estimator,
+            split=split,
+            insert_special=insert_special,
+            insert_eos=insert_eos,
+            first_counted=bool(counted[0]),
+        )
 
     @property
     def bits_per_token(self) -> float:
@@ -118,29 +145,49 @@ def evaluate_params(
       sharding: of the batches `[b, L]`, where params are spread over a mesh.
       progress: whether to show a bar.
     """
-    sum_losses = _compiled(lm, config.estimator, sharding)
-    key = jax.random.key(config.seed)
-    sums = []
-    batches = eval_batches(dataset, config.batch_size, num_batches)
     total = -(-len(dataset.rows) // config.batch_size)
-    total = min(num_batches, total) if num_batches else total
-    for index, (rows, is_real) in enumerate(tqdm(batches, "evaluating", total, disable=not progress, leave=False)):
-        batch = jnp.asarray(rows) if sharding is None else jax.device_put(rows, sharding)
-        sums.append(np.asarray(sum_losses(params, batch, jax.random.fold_in(key, index)), np.float64)[is_real])
-    losses = np.concatenate(sums)
-    counts = np.full(losses.shape, int(lm.counted(lm.length).sum()))
-    nll, error = pool(losses, counts)
-    return Result(
-        nll=nll,
-        standard_error=error,
-        tokens=int(counts.sum()),
-        sequences=len(losses),
-        estimator="exact" if lm.is_exact else config.estimator,
+    losses = sequence_losses(
+        lm,
+        params,
+        tqdm(
+            eval_batches(dataset, config.batch_size, num_batches),
+            "evaluating",
+            min(num_batches, total) if num_batches else total,
+            disable=not progress,
+            leave=False,
+        ),
+        config,
+        sharding,
+    )
+    return Result.of(
+        lm,
+        losses,
+        lm.length,
+        config.estimator,
         split=dataset.split,
         insert_special=dataset.manifest.settings.insert_special,
         insert_eos=dataset.manifest.settings.insert_eos,
-        first_counted=bool(lm.counted(lm.length)[0]),
     )
+
+
+def sequence_losses(
+    lm: LanguageModel,
+    params: Params,
+    batches: Iterable[tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]],
+    config: EvalConfig,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Float[np.ndarray, "n"]:
+    """Summed losses of the counted tokens of every sequence, nats, float64.
+
+    Batch i draws its noise from fold_in(config.seed, i). `batches` gives rows, and which of them are no mere padding.
+    """
+    sum_losses = _compiled(lm, config.estimator, sharding)
+    key = jax.random.key(config.seed)
+    sums = []
+    for index, (rows, is_real) in enumerate(batches):
+        batch = jnp.asarray(rows) if sharding is None else jax.device_put(rows, sharding)
+        sums.append(np.asarray(sum_losses(params, batch, jax.random.fold_in(key, index)), np.float64)[is_real])
+    return np.concatenate(sums)
 
 
 @functools.cache

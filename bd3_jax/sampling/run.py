@@ -32,7 +32,7 @@ class Sample:
       index: of the sample in its run; together with the seed it determines the tokens.
       seed: `sampling.seed`.
       step: of the checkpoint.
-      text: without the BOS at the beginning; EOS and other special tokens are spelled out.
+      text: without the BOS at the beginning; EOS and other special tokens are spelled out. None: no tokenizer.
       tokens: ids, BOS included.
       nfe: network calls that drew its tokens.
       cache_calls: network calls that only stored keys and values.
@@ -44,7 +44,7 @@ class Sample:
     index: int
     seed: int
     step: int
-    text: str
+    text: str | None
     tokens: list[int]
     nfe: int
     cache_calls: int
@@ -89,9 +89,18 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def draw(
-    c: SamplingConfig, sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenizer: Tokenizer, step: int
+    c: SamplingConfig,
+    sampler: Sampler,
+    params: Params,
+    row: Int[np.ndarray, "S"],
+    tokenizer: Tokenizer | None,
+    step: int,
 ) -> Iterator[list[Sample]]:
-    """Samples of one canvas row, batch by batch. All batches have one shape: the surplus of the last is dropped."""
+    """Samples of one canvas row, batch by batch. All batches have one shape: the surplus of the last is dropped.
+
+    Without a tokenizer they have no text, and their length counts the tokens as they were drawn.
+    """
+    eos = sampler.model.ids.eos
     batch = min(c.batch_size, c.num_samples)
     canvas = np.tile(row, (batch, 1))
     compiled = jax.jit(sampler).lower(params, sequence_keys(c.seed, np.arange(batch)), canvas).compile()
@@ -106,11 +115,11 @@ def draw(
                 index=first + place,
                 seed=c.seed,
                 step=step,
-                text=tokenizer.decode(tokens[1:]),
+                text=tokenizer.decode(tokens[1:]) if tokenizer else None,
                 tokens=tokens,
                 nfe=int(result.nfe[place]),
                 cache_calls=int(result.cache_calls[place]),
-                length=statistics.length(tokens, tokenizer),
+                length=statistics.length(tokens, tokenizer) if tokenizer else sum(id != eos for id in tokens[1:]),
                 entropy=statistics.entropy(tokens),
                 seconds=seconds,
             )
