@@ -1,0 +1,221 @@
+"""Objectives bound to the network: identities between them, and what may depend on what."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bd3_jax.config import from_config_dict
+from bd3_jax.diffusion import likelihood, objectives
+from bd3_jax.language_model import LanguageModel
+from configs.base import get_config
+
+RNG = np.random.default_rng(5)
+
+
+def rows(lm, batch=3):
+    """Clean tokens: any but the mask."""
+    return RNG.integers(0, lm.ids.mask, (batch, lm.length)).astype(np.int32)
+
+
+def next_token_nll(lm, params, x0, cached):
+    """-log p(x_i | x_{<i}), asking for one position at a time, the current one masked, as a sampler does."""
+    network, mask = lm.network, lm.ids.mask
+
+    @jax.jit
+    def step(position, cache):
+        if cached:
+            current = jnp.full((len(x0), 1), mask)
+            hidden, _ = network.decode(params, current, cache)
+            _, kv = network.decode(params, jax.lax.dynamic_slice_in_dim(x0, position, 1, axis=1), cache)
+            cache = cache.append(kv, jnp.ones(len(x0), bool))
+        else:
+            context = jnp.where(jnp.arange(lm.length) < position, x0, mask)
+            hidden = network.apply(params, context, 1)[:, position][:, None]
+        log_probs = objectives.subs_log_probs(network.unembed(params, hidden), jnp.full((len(x0), 1), mask), mask)
+        return -jnp.take_along_axis(log_probs[:, 0], x0[:, position][:, None], axis=-1)[:, 0], cache
+
+    x0, cache, losses = jnp.asarray(x0), network.init_cache(len(x0), lm.length), []
+    for position in range(lm.length):
+        loss, cache = step(position, cache)
+        losses.append(loss)
+    return np.stack(losses, axis=1)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["recomputed", "cached"])
+@pytest.mark.parametrize("ignore_bos", [True, False])
+def test_block_size_1_is_an_exact_autoregressive_likelihood(toy_lm, random_params, cached, ignore_bos):
+    lm = toy_lm("bd3lm", block_size=1, ignore_bos=ignore_bos)
+    params, x0 = random_params(lm), rows(lm)
+    ours = np.asarray(lm.eval_losses(params, x0, jax.random.key(0), "monte_carlo"))
+    expected = next_token_nll(lm, params, x0, cached)
+    if ignore_bos:
+        expected[:, 0] = 0
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(ours, lm.eval_losses(params, x0, jax.random.key(1), "low_variance"))
+    assert lm.is_exact
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["one stream", "two streams"])
+def test_one_block_is_mdlm(toy_lm, random_params, forced):
+    """The same noise and weights give the same losses; also where the clean stream is carried along, unseen."""
+    mdlm, bd3lm = toy_lm("mdlm"), toy_lm("bd3lm", block_size=12)
+    params, x0, key = random_params(mdlm), rows(mdlm), jax.random.key(0)
+    expected, per_token = mdlm.training_loss(params, x0, key, 1e-3, 1.0)
+    if not forced:
+        ours = bd3lm.training_loss(params, x0, key, 1e-3, 1.0)
+        np.testing.assert_array_equal(ours[0], expected)
+        np.testing.assert_array_equal(ours[1], per_token)
+        return
+    draw = likelihood.draw_monte_carlo(key, x0, 12, mdlm.noise, mdlm.ids.mask)
+    hidden = bd3lm.network.apply(params, draw.xt, 12, clean=x0)
+    np.testing.assert_allclose(hidden, mdlm.hidden(params, x0, draw), rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_objectives_that_draw_are_inexact(toy_lm):
+    assert toy_lm("ar").is_exact
+    assert not any(toy_lm(name, size).is_exact for name, size in (("mdlm", 12), ("sedd", 12), ("bd3lm", 2)))
+
+
+# ------------------------------------------------------------------------------------------------ what depends on what
+
+
+def influence(losses, x0, vocab_size):
+    """[i, j]: whether changing x0[j] changes the loss of position i."""
+    base = np.asarray(losses(x0))
+    changed = np.zeros((x0.shape[1],) * 2, bool)
+    for j in range(x0.shape[1]):
+        other = x0.copy()
+        other[:, j] = (other[:, j] + 1) % (vocab_size - 1)
+        changed[:, j] = (np.abs(np.asarray(losses(other)) - base) > 1e-6).any(0)
+    return changed
+
+
+def test_ar_losses_depend_on_the_past_alone(toy_lm, random_params):
+    lm = toy_lm("ar")
+    params = random_params(lm)
+    losses = jax.jit(lambda x0: lm.eval_losses(params, x0, jax.random.key(0), ""))
+    expected = np.tril(np.ones((12, 12), bool))
+    expected[0] = False  # nothing predicts position 0
+    np.testing.assert_array_equal(influence(losses, rows(lm), lm.ids.vocab_size), expected)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+def test_bd3lm_losses_depend_on_earlier_blocks_and_what_is_unmasked_in_their_own(toy_lm, random_params, block_size):
+    lm = toy_lm("bd3lm", block_size=block_size, ignore_bos=False)
+    params, mask = random_params(lm), np.zeros(12, bool)
+    mask[[0, 1, 5, 6, 7, 9, 11]] = True
+
+    @jax.jit
+    def losses(x0):
+        xt = jnp.where(mask, lm.ids.mask, x0)
+        draw = likelihood.Draw(xt, jnp.ones(xt.shape), jnp.zeros((len(x0), 12 // block_size)))
+        return lm.token_losses(params, x0, draw)
+
+    block = np.arange(12) // block_size
+    same, earlier = block[:, None] == block, block[:, None] > block
+    expected = mask[:, None] & (earlier | (same & ~mask) | np.eye(12, dtype=bool))
+    np.testing.assert_array_equal(influence(losses, rows(lm), lm.ids.vocab_size), expected)
+
+
+@pytest.mark.parametrize("objective", ["mdlm", "sedd"])
+def test_masked_tokens_are_seen_by_no_one_else(toy_lm, random_params, objective):
+    lm = toy_lm(objective)
+    params, mask = random_params(lm), np.arange(12) % 3 == 0
+
+    @jax.jit
+    def losses(x0):
+        xt = jnp.where(mask, lm.ids.mask, x0)
+        draw = likelihood.Draw(xt, jnp.ones(xt.shape), jnp.full((len(x0), 1), 0.7))
+        return lm.token_losses(params, x0, draw)
+
+    expected = mask[:, None] & (~mask | np.eye(12, dtype=bool))
+    np.testing.assert_array_equal(influence(losses, rows(lm), lm.ids.vocab_size), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- losses as used
+
+
+@pytest.mark.parametrize(("objective", "block_size"), [("ar", 1), ("mdlm", 12), ("sedd", 12), ("bd3lm", 4)])
+def test_training_loss(toy_lm, random_params, objective, block_size):
+    """The mean over counted tokens, noise and dropout from the key, and a gradient for every parameter."""
+    lm = toy_lm(objective, block_size)
+    params, x0 = random_params(lm, scale=0.2), rows(lm)
+
+    @jax.jit
+    def run(key):
+        loss = lambda p: lm.training_loss(p, x0, key, 1e-3, 1.0)
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, per_token), gradient = run(jax.random.key(0))
+    assert per_token.shape == (3, 12)
+    assert (np.asarray(per_token[:, 0]) == 0).all()  # the BOS is kept, and AR has no target there
+    counted = 3 * 11 if objective == "ar" else 3 * 12
+    assert loss == pytest.approx(np.asarray(per_token).sum() / counted, rel=1e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+        assert np.abs(leaf).max() > 0, path
+    (other, _), _ = run(jax.random.key(1))
+    assert other != loss
+
+
+def test_interval_reaches_the_noise(toy_lm, random_params):
+    """A traced interval, as training passes it: above 0.5 weights are 1, so a loss is a plain -log p."""
+    lm = toy_lm("bd3lm", block_size=4, resample=True, dropout=0.0, ignore_bos=False)
+    params, x0 = jax.tree.map(jnp.zeros_like, random_params(lm)), rows(lm, 64)
+    run = jax.jit(lambda low, high: lm.training_loss(params, x0, jax.random.key(0), low, high)[1])
+    uniform = np.log(lm.ids.vocab_size - 1)
+    masked = np.asarray(run(0.6, 0.9)) > 0
+    np.testing.assert_allclose(np.asarray(run(0.6, 0.9))[masked], uniform, rtol=1e-5)
+    assert set(masked.reshape(64, 3, 4).sum(-1).ravel()) == {3}  # the only count within [2.4, 3.6]
+    low = np.asarray(run(0.2, 0.3))
+    assert set((low > 0).reshape(64, 3, 4).sum(-1).ravel()) == {1}
+    weights = low[low > 0] / uniform
+    assert weights.min() >= 1 / 0.3 - 1e-3
+    assert weights.max() <= 1 / 0.2 + 1e-3
+
+
+def test_uniform_model_has_the_entropy_of_the_vocabulary(toy_lm):
+    """A fresh model predicts every token alike: ln(V - 1) nats a token, exactly or on average over the noise."""
+    for objective, size in (("ar", 1), ("bd3lm", 1), ("bd3lm", 4), ("mdlm", 12)):
+        lm = toy_lm(objective, size)
+        params, x0 = lm.network.init(jax.random.key(0)), rows(lm, 400)
+        losses = np.asarray(lm.eval_losses(params, x0, jax.random.key(1), "low_variance"), np.float64)
+        per_row = losses[:, lm.counted(12)].mean(1)
+        error = max(per_row.std(ddof=1) / 20, 1e-6)
+        assert per_row.mean() == pytest.approx(np.log(lm.ids.vocab_size - 1), abs=4 * error)
+
+
+def test_counted(toy_lm):
+    assert toy_lm("ar", ignore_bos=False).counted(4).tolist() == [False, True, True, True]
+    assert toy_lm("mdlm").counted(4).tolist() == [False, True, True, True]
+    assert toy_lm("bd3lm", 4, ignore_bos=False).counted(4).tolist() == [True] * 4
+
+
+def test_evaluation_uses_its_own_interval_and_no_dropout(toy_lm, random_params):
+    lm = toy_lm("bd3lm", 4, low=0.45, high=0.55, resample=True)
+    params, x0, key = random_params(lm), rows(lm), jax.random.key(0)
+    plain = toy_lm("bd3lm", 4, dropout=0.0)
+    for estimator in ("monte_carlo", "low_variance"):
+        ours = lm.eval_losses(params, x0, key, estimator)
+        np.testing.assert_array_equal(ours, plain.eval_losses(params, x0, key, estimator))
+        np.testing.assert_array_equal(ours, lm.eval_losses(params, x0, key, estimator))
+        assert not np.array_equal(ours, lm.eval_losses(params, x0, jax.random.key(1), estimator))
+    assert not np.array_equal(
+        lm.eval_losses(params, x0, key, "monte_carlo"), lm.eval_losses(params, x0, key, "low_variance")
+    )
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdlm", "sedd", "bd3lm"])
+def test_from_config(toy_lm, objective):
+    config = from_config_dict(get_config(f"{objective},block_size=16" if objective == "bd3lm" else objective))
+    ids = toy_lm("ar").ids
+    lm = LanguageModel.from_config(config, ids)
+    assert (lm.objective, lm.length) == (objective, 1024)
+    assert lm.block_size == {"ar": 1, "bd3lm": 16}.get(objective, 1024)
+    assert lm.network.adaln == (objective != "ar")
+    assert lm.network.time_conditioned == (objective == "sedd")
+    assert lm.network.vocab_size == ids.vocab_size
+    assert hash(lm) == hash(dataclasses.replace(lm))
