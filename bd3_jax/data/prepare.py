@@ -61,6 +61,10 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
     if workers < 1:
         raise UserError(f"--workers is {workers}; allowed: 1 or more")
     settings = RowSettings.of(data, length)
+    if "://" in data.directory:
+        raise UserError(
+            f"data.directory is {data.directory!r}; allowed: a local folder, which can be copied there when it is done"
+        )
     directory = epath.Path(data.directory)
     if is_prepared(directory):
         manifest = load_manifest(directory)

@@ -1,9 +1,12 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -196,6 +199,13 @@ def test_other_things_in_the_way_stay(data, tmp_path):
     prepare(data, 16)  # an empty folder is fine
 
 
+def test_a_bucket_is_written_by_copying(data):
+    with pytest.raises(
+        UserError, match=r"data\.directory is 'gs://bucket/rows'; allowed: a local folder, which can be"
+    ):
+        prepare(dataclasses.replace(data, directory="gs://bucket/rows"), 16)
+
+
 def test_unwritable_folder(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.directory: cannot write .*Not a directory"):
@@ -337,6 +347,54 @@ def test_an_interrupted_preparation_of_other_files_is_not_continued(data, tmp_pa
     (tmp_path / "corpus" / "new.txt").write_text("one more")
     with pytest.raises(UserError, match="was begun from other files than files now has"):
         prepare(data, 16)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(data, tmp_path, documents):
+    """SIGKILL for the whole group of processes, at moments spread over the run; then once more, undisturbed."""
+    for path in (tmp_path / "corpus").iterdir():
+        path.unlink()
+    for n in range(12):
+        lines = "\n".join(json.dumps({"text": text * 400}) for text in documents[n::12])
+        (tmp_path / "corpus" / f"{n:02d}.jsonl").write_text(lines)
+    program = """
+import sys
+from bd3_jax.config import DataConfig
+from bd3_jax.data import corpora
+from bd3_jax.data.prepare import prepare
+if __name__ == "__main__":
+    corpora.SHARD_BYTES = 1
+    data = eval(sys.argv[1])
+    print("begins", flush=True)
+    prepare(data, 64, workers=2)
+"""
+    (tmp_path / "program.py").write_text(program)
+
+    def start(data):
+        command = [sys.executable, str(tmp_path / "program.py"), repr(data)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout.readline() == "begins\n"
+        return process
+
+    whole = dataclasses.replace(data, directory=str(tmp_path / "whole"))
+    began = time.monotonic()
+    with start(whole) as process:
+        assert process.wait() == 0
+    duration = time.monotonic() - began
+
+    killed = 0
+    for part in range(1, 12):
+        with start(data) as process:
+            try:
+                process.wait(timeout=duration * part / 12)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+    assert killed >= 3
+    with start(data) as process:
+        assert process.wait() == 0
+    assert _digest(content_of(tmp_path / "rows")) == _digest(content_of(tmp_path / "whole"))
+    assert not (tmp_path / "rows.unfinished").exists()
 
 
 def _digest(content):
