@@ -8,7 +8,7 @@ import pytest
 
 from bd3_jax import cli, main
 
-WORDS = "the city of river is in north a south town and was king had born by sea".split()
+WORDS = ["the", "city", "of", "river", "is", "in", "north", "a", "south", "town", "and", "was", "king", "had", "born"]
 SMALL = [
     "--config.model.length=16", "--config.model.width=32", "--config.model.num_layers=2", "--config.model.num_heads=2",
     "--config.model.cond_dim=8", "--config.data.vocab_size=300", "--config.data.corpus=files",
