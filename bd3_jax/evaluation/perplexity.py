@@ -16,9 +16,12 @@ from tqdm import tqdm
 from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config, EvalConfig
 from bd3_jax.data.pipeline import Dataset, eval_batches, open_dataset
+from bd3_jax.data.tokenizers import load_tokenizer
+from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 from bd3_jax.training.logging import append_record
+from bd3_jax.training.sharding import batch_sharding, make_mesh, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +216,32 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
       the record that was appended to `workdir/metrics.jsonl`: `step`, `eval/nll`, `eval/perplexity` and the like.
 
     Raises:
-      UserError: if there is no checkpoint or no prepared split, or they do not fit the settings.
+      UserError: if there is no checkpoint or no prepared split, or they do not fit each other or the settings.
     """
+    mesh = make_mesh(config.mesh)
+    split_rows = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
     dataset = open_dataset(config.data, config.model.length, config.eval.split)
-    params, step = orbax.restore_params(config, workdir, config.eval.weights)
+    _check_tokenizer(dataset, workdir)
     lm = LanguageModel.from_config(config, dataset.tokenizer.ids)
-    result = evaluate_params(lm, params, dataset, config.eval, progress=True)
-    print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+    shardings = param_shardings(mesh, lm.network)
+    params, step = orbax.restore_params(config, workdir, config.eval.weights, shardings)
+
+    first = jax.process_index() == 0
+    result = evaluate_params(lm, params, dataset, config.eval, sharding=split_rows, progress=first)
+    if first:
+        print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+        if not lm.is_exact:
+            print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
     record = {"step": step, **result.record()}
     append_record(workdir, record)
     return record
+
+
+def _check_tokenizer(dataset: Dataset, workdir: epath.Path) -> None:
+    """Other tokens of the same number would give a figure all the same. A run without the folder has no checkpoint."""
+    folder = workdir / "tokenizer"
+    if folder.exists() and load_tokenizer(folder).fingerprint != dataset.tokenizer.fingerprint:
+        raise UserError(
+            f"{dataset.directory} was prepared with another tokenizer than {workdir} was trained with; "
+            f"prepare it with --config.data.tokenizer={folder}"
+        )

@@ -1,0 +1,165 @@
+"""Figures of a split against the same sums done by hand, and against what is known of a fresh model."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from bd3_jax.config import EvalConfig
+from bd3_jax.data.pipeline import Dataset
+from bd3_jax.data.tokenizers import train_bpe
+from bd3_jax.errors import UserError
+from bd3_jax.evaluation import perplexity
+from bd3_jax.language_model import LanguageModel
+
+
+def settings(**changes):
+    base = EvalConfig("validation", batch_size=4, num_batches=0, estimator="monte_carlo", seed=0, weights="ema")
+    return dataclasses.replace(base, **changes)
+
+
+class Rows(list):
+    """A TFDS data source, as far as it is used."""
+
+    def __getitems__(self, indices):
+        return [{"tokens": self[i]} for i in indices]
+
+
+@pytest.fixture
+def dataset():
+    """Builds a split of `count` random rows of 12 tokens."""
+
+    def build(count=10, seed=0):
+        settings = type("Settings", (), dict(length=12, insert_special=False, insert_eos=True))
+        rows = Rows(np.random.default_rng(seed).integers(0, 10, (count, 12)).astype(np.int32))
+        return Dataset(epath.Path("nowhere"), "validation", type("M", (), dict(settings=settings)), None, rows)
+
+    return build
+
+
+eval_losses = jax.jit(LanguageModel.eval_losses, static_argnums=(0, 4))
+
+
+def by_hand(lm, params, rows, config, batches):
+    """Summed losses of every row, from padded batches."""
+    sums = []
+    for index, start in enumerate(range(0, len(rows), config.batch_size)):
+        batch = rows[start : start + config.batch_size]
+        padded = np.concatenate([batch, np.repeat(rows[:1], config.batch_size - len(batch), axis=0)])
+        losses = eval_losses(
+            lm, params, padded, jax.random.fold_in(jax.random.key(config.seed), index), config.estimator
+        )
+        sums.append(np.asarray(losses, np.float64)[: len(batch), lm.counted(12)].sum(1))
+    return np.concatenate(sums[: batches or None])
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+@pytest.mark.parametrize("objective", ["ar", "bd3lm", "sedd"])
+def test_pools_over_the_rows_and_not_over_padding(toy_lm, random_params, dataset, objective, batches):
+    lm = toy_lm(objective, 4 if objective == "bd3lm" else 0, ignore_bos=objective != "sedd")
+    params, data, config = random_params(lm), dataset(), settings(seed=3)
+    result = perplexity.evaluate_params(lm, params, data, config, batches)
+    sums = by_hand(lm, params, np.stack(list(data.rows)), config, batches)
+    counted = 12 if objective == "sedd" else 11
+    assert (result.sequences, result.tokens) == (len(sums), len(sums) * counted)
+    assert result.sequences == (8 if batches else 10)
+    assert result.nll == pytest.approx(sums.sum() / result.tokens, rel=1e-5)
+    assert result.standard_error == pytest.approx((sums / counted).std(ddof=1) / math.sqrt(len(sums)), rel=1e-4)
+    assert result.first_counted == (objective == "sedd")
+    assert result.estimator == ("exact" if objective == "ar" else "monte_carlo")
+
+
+def test_exact_figures_do_not_depend_on_the_batch_size(toy_lm, random_params, dataset):
+    lm = toy_lm("bd3lm", 1)
+    params = random_params(lm)
+    results = [perplexity.evaluate_params(lm, params, dataset(7), settings(batch_size=b)) for b in (3, 16)]
+    for result in results:
+        assert result.nll == pytest.approx(results[0].nll, rel=1e-5)
+        assert result.standard_error == pytest.approx(results[0].standard_error, rel=1e-4)
+        assert (result.tokens, result.sequences, result.estimator) == (77, 7, "exact")
+
+
+def test_the_seed_decides_the_noise(toy_lm, random_params, dataset):
+    lm = toy_lm("mdlm")
+    run = lambda **changes: perplexity.evaluate_params(lm, random_params(lm), dataset(), settings(**changes)).nll
+    assert run() == run()
+    assert run() != run(seed=1)
+    assert run() != run(estimator="low_variance")
+    # Every batch has noise of its own: two equal batches have different losses.
+    rows = np.repeat(np.stack(list(dataset(4).rows))[None], 2, axis=0)
+    losses = perplexity.sequence_losses(
+        lm, random_params(lm), [(batch, np.ones(4, bool)) for batch in rows], settings()
+    )
+    assert not np.allclose(losses[:4], losses[4:])
+
+
+def test_rows_split_over_a_mesh(toy_lm, random_params, dataset):
+    lm = toy_lm("bd3lm", 4)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = random_params(lm)
+    ours = perplexity.evaluate_params(lm, params, dataset(), settings(), sharding=split)
+    assert ours.nll == pytest.approx(perplexity.evaluate_params(lm, params, dataset(), settings()).nll, rel=1e-5)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(dataset, tmp_path):
+    trained = train_bpe(["one two three one two three"] * 3, 260)
+    other = train_bpe(["seven eight nine seven eight nine"] * 3, 260)
+    assert trained.ids == other.ids
+    trained.save(epath.Path(tmp_path) / "tokenizer")
+    perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=trained), epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"nowhere was prepared with another tokenizer.*--config.data.tokenizer="):
+        perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=other), epath.Path(tmp_path))
+
+
+def test_compiled_once(toy_lm, random_params, dataset):
+    lm = toy_lm("ar", vocab_size=13)
+    for seed in range(3):
+        perplexity.evaluate_params(lm, random_params(lm, seed), dataset(), settings())
+    assert perplexity._compiled(lm, "monte_carlo", None)._cache_size() == 1
+
+
+def test_a_fresh_model(toy_lm, dataset):
+    """Every token alike: exactly ln 10 nats, for AR; no spread."""
+    lm = toy_lm("ar")
+    result = perplexity.evaluate_params(lm, lm.network.init(jax.random.key(0)), dataset(), settings())
+    assert result.nll == pytest.approx(math.log(10), rel=1e-6)
+    assert result.perplexity == pytest.approx(10, rel=1e-5)
+    assert result.bits_per_token == pytest.approx(math.log2(10), rel=1e-6)
+    assert result.standard_error < 1e-6
+
+
+def test_standard_error_is_that_of_repeated_samples():
+    """Of a ratio, with sequences of different lengths; and of the perplexity."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        counts = rng.integers(5, 30, 200)
+        return counts * 2 + rng.normal(size=200) * np.sqrt(counts), counts
+
+    pooled = np.array([perplexity.pool(*draw()) for _ in range(2000)])
+    assert pooled[:, 0].std() == pytest.approx(pooled[:, 1].mean(), rel=0.05)
+    result = perplexity.Result(2.0, 0.01, 1, 1, "exact", "test", False, True, False)
+    assert result.perplexity_standard_error == pytest.approx(
+        np.exp(pooled[:, 0]).std() * 0.01 / pooled[:, 0].std(), rel=0.05
+    )
+
+
+def test_one_sequence_has_no_standard_error():
+    assert math.isnan(perplexity.pool(np.array([3.0]), np.array([2]))[1])
+
+
+def test_table_and_record_say_how_the_figure_came_about():
+    result = perplexity.Result(2.0, 0.01, 1100, 100, "low_variance", "test", False, True, False)
+    table = result.table()
+    for part in ("2.0000 +- 0.0100", "2.8854", "7.389 +- 0.074", "1,100 in 100 rows of the test split"):
+        assert part in table
+    assert "upper bound, low_variance" in table
+    assert "position 0 left out" in table
+    assert "BOS and EOS around rows: no; EOS after documents: yes" in table
+    assert "exact" in dataclasses.replace(result, estimator="exact").table()
+    assert json.loads(json.dumps(result.record()))["eval/perplexity"] == pytest.approx(math.e**2)
