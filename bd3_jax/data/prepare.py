@@ -17,15 +17,11 @@ place at the end. A preparation that was interrupted goes on with the first shar
 bytes.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import tempfile
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -34,13 +30,11 @@ from tqdm import tqdm
 from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import Corpus, Shard, get_corpus
 from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest, save_lengths
-from bd3_jax.data.readers import Malformed
-from bd3_jax.data.rows import RowWriter, shard_path, write_metadata
+from bd3_jax.data.rows import shard_path, write_metadata
+from bd3_jax.data.tasks import MalformedCount, Report, Task, documents_of, run_parallel, write_json
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import TRAINED, Tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
-
-Report = Callable[[int, int], None]  # takes (bytes read, documents) since the last call
 
 
 def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = False) -> Manifest:
@@ -81,7 +75,10 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
         manifest = load_manifest(unfinished)
         manifest.settings.require(settings, unfinished, "delete that folder to start over")
     else:
-        manifest = _prepare(unfinished, data, settings, workers, strict)
+        try:
+            manifest = _prepare(unfinished, data, settings, workers, strict)
+        except OSError as error:
+            raise UserError(f"data.directory is {data.directory!r}, where preparing failed: {error}") from None
     for leftover in (*unfinished.glob("shard-*.json"), *unfinished.glob("begun.json")):
         leftover.unlink()
     if directory.exists():  # and is empty
@@ -94,7 +91,10 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
 def _prepare(unfinished: epath.Path, data: DataConfig, settings: RowSettings, workers: int, strict: bool) -> Manifest:
     corpus = dataclasses.replace(get_corpus(data.corpus), field=settings.field)
     with tempfile.TemporaryDirectory() as scratch:
-        shards = corpus.shards(data.source, epath.Path(scratch))
+        try:
+            shards = corpus.shards(data.source, epath.Path(scratch))
+        except OSError as error:
+            raise UserError(f"data.source is {data.source!r}, which cannot be read: {error}") from None
         _begin(unfinished, settings, shards)
         try:
             tokenizer = _tokenizer(unfinished / "tokenizer", corpus, shards, settings, strict)
@@ -124,11 +124,8 @@ def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -
         return
     if unfinished.exists() and any(path.suffix != ".tmp" for path in unfinished.iterdir()):
         raise UserError(f"{unfinished} is in the way; {advice}")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        _write_json(marker, begun)
-    except OSError as error:
-        raise UserError(f"data.directory: cannot write {unfinished} ({error.strerror})") from None
+    unfinished.mkdir(parents=True, exist_ok=True)
+    write_json(marker, begun)
 
 
 def _tokenizer(
@@ -139,10 +136,11 @@ def _tokenizer(
         return load_tokenizer(directory)
     if settings.tokenizer == TRAINED:
         with _progress_bar("training the tokenizer", shards) as bar:
+            report = _report_to(bar)
             documents = (
                 text
                 for shard in shards
-                for split, text in _documents(corpus, shard, _report_to(bar), _Malformed(strict))
+                for split, text in documents_of(corpus, shard, report, MalformedCount(strict))
                 if split == "train"
             )
             tokenizer = train_bpe(documents, settings.vocab_size)
@@ -150,30 +148,6 @@ def _tokenizer(
         tokenizer = load_tokenizer(settings.tokenizer)
     tokenizer.save(directory)
     return tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """One shard, to be written by any process; `result` appears when it is done."""
-
-    corpus: Corpus
-    shard: Shard
-    settings: RowSettings
-    tokenizer: epath.Path
-    outputs: dict[str, epath.Path]
-    result: epath.Path
-    strict: bool
-
-    def run(self, report: Report) -> None:
-        tokenizer = load_tokenizer(self.tokenizer)
-        malformed = _Malformed(self.strict)
-        writers = {split: RowWriter(path, tokenizer, self.settings) for split, path in self.outputs.items()}
-        for split, text in _documents(self.corpus, self.shard, report, malformed):
-            writers[split].add(text)
-        counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
-        lengths = {split: writer.lengths for split, writer in writers.items()}
-        result = {"splits": counts, "lengths": lengths, "malformed": malformed.count, "first": malformed.first}
-        _write_json(self.result, result)
 
 
 def _write_shards(
@@ -187,79 +161,17 @@ def _write_shards(
         outputs = {s: shard_path(unfinished, corpus.name, s, seen[s], totals[s]) for s in shard.splits}
         seen |= {split: seen[split] + 1 for split in shard.splits}
         result = unfinished / f"shard-{number:05d}.json"
-        tasks.append(_Task(corpus, shard, settings, unfinished / "tokenizer", outputs, result, strict))
+        tasks.append(Task(corpus, shard, settings, unfinished / "tokenizer", outputs, result, strict))
     missing = [task for task in tasks if not task.result.exists()]
     with _progress_bar("tokenising", shards) as bar:
         bar.update(sum(task.shard.size for task in tasks) - sum(task.shard.size for task in missing))
+        report = _report_to(bar)
         if workers == 1:
             for task in missing:
-                task.run(_report_to(bar))
+                task.run(report)
         elif missing:
-            _run_parallel(missing, min(workers, len(missing)), _report_to(bar))
+            run_parallel(missing, min(workers, len(missing)), report)
     return [json.loads(task.result.read_text()) for task in tasks]
-
-
-def _run_parallel(tasks: list[_Task], workers: int, report: Report) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
-    progress = context.Array("q", 2)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (progress,)) as pool:
-        pending = {pool.submit(_run_in_worker, task) for task in tasks}
-        try:
-            while pending:
-                done, pending = concurrent.futures.wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
-                with progress:
-                    size, documents = progress[:]
-                    progress[:] = [0, 0]
-                report(size, documents)
-                for future in done:
-                    future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_progress: Any = None  # of a worker process: bytes and documents that it has yet to tell
-
-
-def _start_worker(progress: Any) -> None:
-    global _progress
-    _progress = progress
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core for every process
-
-
-def _run_in_worker(task: _Task) -> None:
-    def report(size: int, documents: int) -> None:
-        with _progress:
-            _progress[0] += size
-            _progress[1] += documents
-
-    task.run(report)
-
-
-def _documents(corpus: Corpus, shard: Shard, report: Report, malformed: Malformed) -> Iterator[tuple[str, str]]:
-    """(split, document) of a shard, with reports on the way that add up to its size."""
-    told = unreported = 0
-    for split, text, position in corpus.documents(shard, malformed):
-        yield split, text
-        unreported += 1
-        if unreported == 100:
-            report(position - told, unreported)
-            told, unreported = position, 0
-    report(shard.size - told, unreported)
-
-
-class _Malformed:
-    """Counts records without text, or raises UserError for the first."""
-
-    def __init__(self, strict: bool):
-        self._strict = strict
-        self.count = 0
-        self.first = ""
-
-    def __call__(self, message: str) -> None:
-        if self._strict:
-            raise UserError(message)
-        self.first = self.first or message
-        self.count += 1
 
 
 def _finish(
@@ -316,9 +228,3 @@ def _report_to(bar: tqdm) -> Report:
         bar.update(size)
 
     return report
-
-
-def _write_json(path: epath.Path, content: dict[str, Any]) -> None:
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)

@@ -135,10 +135,10 @@ READERS: dict[str, Reader] = {
 
 
 def _checked(read: Callable[[], str], where: str, malformed: Malformed) -> str | None:
-    """What `read` returns, or None after reporting why it raises ValueError."""
+    """What `read` returns, or None after reporting why it cannot."""
     try:
         return read()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from JSON that is nested too deeply
         malformed(f"{where}: {error}")
         return None
 

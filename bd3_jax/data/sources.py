@@ -65,7 +65,7 @@ class Hub:
         paths = {str(path.relative_to(root)): path for path in _walk(root)} if root.is_dir() else {}
         files = [(split, paths[name]) for split, pattern in self.patterns for name in fnmatch.filter(paths, pattern)]
         if not files:
-            raise UserError(f"data.source is {source!r}, a folder without the files of this corpus; {self._wanted()}")
+            raise UserError(f"data.source: {root} has none of the files of this corpus; {self._wanted()}")
         return files
 
     def _wanted(self) -> str:

@@ -125,7 +125,8 @@ def test_without_a_network_the_error_says_what_to_get(tmp_path, monkeypatch, nam
 
 def test_a_source_without_the_files_of_the_corpus_says_which(tmp_path):
     with pytest.raises(
-        UserError, match=r"allowed: a folder with data/train-\*\.parquet, data/test-\*\.parquet of https"
+        UserError,
+        match=r"none of the files of this corpus; allowed: a folder with data/train-\*\.parquet, data/test-\*\.parq",
     ):
         read("ag_news", tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"allowed: the file text8\.zip \(http://mattmahoney\.net"):

@@ -47,6 +47,7 @@ def test_a_txt_file_is_one_document(tmp_path):
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl, line 3: Expecting ',' delimiter"),
         ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', "a.jsonl, line 2: no text in the field 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", "a.jsonl, line 2: maximum recursion depth exceeded"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "a.jsonl, line 2: no text in the field 'text'"),
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', "a.jsonl, line 2: no text in the field 'text'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83e"}\n', "a.jsonl, line 2: half of a surrogate pair"),

@@ -1,0 +1,192 @@
+"""Workers, malformed records, full disks, and interruptions of a preparation."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from etils import epath
+
+from bd3_jax.data import prepare as module
+from bd3_jax.data.prepare import prepare
+from bd3_jax.data.rows import RowWriter
+from bd3_jax.errors import UserError
+
+
+def test_any_number_of_workers_writes_the_same(three_files, tmp_path, files_in):
+    several = dataclasses.replace(three_files, directory=str(tmp_path / "several"))
+    assert prepare(three_files, 16) == prepare(several, 16, workers=2)
+    assert files_in(tmp_path / "rows") == files_in(tmp_path / "several")
+    with pytest.raises(UserError, match="--workers is 0; allowed: 1 or more"):
+        prepare(three_files, 16, workers=0)
+
+
+def test_a_killed_worker_is_told(three_files, tmp_path):
+    """The kernel kills a process that takes too much memory; here the process does it itself."""
+    program = f"""
+import os, signal
+from bd3_jax.config import DataConfig
+from bd3_jax.data import corpora, rows
+from bd3_jax.data.prepare import prepare
+from bd3_jax.data.rows import RowWriter
+corpora.SHARD_BYTES = 1
+if __name__ == "__main__":
+    prepare({three_files!r}, 16, workers=2)
+else:
+    rows.RowWriter.close = lambda writer: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "program.py").write_text(program)
+    result = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, check=False)
+    assert "UserError: a worker process was killed, perhaps for want of memory" in result.stderr.splitlines()[-1]
+    assert prepare(three_files, 16).splits["train"].rows > 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_malformed_records_are_counted_or_fatal(three_files, tmp_path, capsys, workers):
+    path = tmp_path / "corpus" / "1.jsonl"
+    path.write_text(path.read_text() + '\n{"text": \n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"1\.jsonl, line 68: Expecting value"):
+        prepare(three_files, 16, workers=workers, strict=True)
+    for leftover in tmp_path.glob("rows.*"):
+        epath.Path(leftover).rmtree()
+    manifest = prepare(three_files, 16, workers=workers)
+    assert manifest.malformed == 2
+    assert sum(split.documents for split in manifest.splits.values()) == 200
+    assert "2 malformed records left out, the first: " in capsys.readouterr().out
+    assert manifest.first_malformed.startswith(f"{path}, line 68: Expecting value")
+
+
+def test_a_full_disk_is_told_and_what_is_done_is_kept(three_files, tmp_path):
+    """A limit on the size of files stands for the disk: the second shard is too large for it."""
+    (tmp_path / "corpus" / "1.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(200_000)))}))
+    data = dataclasses.replace(three_files, tokenizer="bytes")
+    program = f"""
+import resource, signal
+from bd3_jax.config import DataConfig
+from bd3_jax.data import corpora
+from bd3_jax.data.prepare import prepare
+from bd3_jax.data.rows import RowWriter
+corpora.SHARD_BYTES = 1
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+prepare({data!r}, 64)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    message = result.stderr.splitlines()[-1]
+    assert re.search(r"UserError: cannot write .*-00001-of-00003.*File too large.*finished shards stay", message)
+    assert not (tmp_path / "rows").exists()
+    assert [path.name for path in (tmp_path / "rows.unfinished").glob("shard-*")] == ["shard-00000.json"]
+    assert prepare(data, 64).splits["train"].rows > 10_000
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of ours catches it."""
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
+    data, tmp_path, documents, monkeypatch, moment, files_in
+):
+    for path in (tmp_path / "corpus").iterdir():
+        path.unlink()
+    for n in range(3):
+        (tmp_path / "corpus" / f"{n}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents[n::3]))
+    monkeypatch.setattr("bd3_jax.data.corpora.SHARD_BYTES", 1)  # a shard for every file
+    whole = dataclasses.replace(data, directory=str(tmp_path / "whole"))
+    prepare(whole, 16)
+
+    written = []
+    close = RowWriter.close
+
+    def close_or_die(writer):
+        written.append(writer)
+        if len(written) == moment:
+            raise Killed
+        return close(writer)
+
+    monkeypatch.setattr(RowWriter, "close", close_or_die)
+    with pytest.raises(Killed):
+        prepare(data, 16)
+    assert not (tmp_path / "rows").exists()
+    with pytest.raises(UserError, match=r"rows\.unfinished was prepared with model\.length = 16, but it is 8"):
+        prepare(data, 8)
+    prepare(data, 16)
+    assert len(written) == moment + 6 - 2 * ((moment - 1) // 2)  # finished shards are not written again
+    assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
+    assert not (tmp_path / "rows.unfinished").exists()
+
+
+def test_interrupted_while_moving_into_place(data, tmp_path, monkeypatch, files_in):
+    prepare(dataclasses.replace(data, directory=str(tmp_path / "whole")), 16)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "unlink", lambda path: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prepare(data, 16)
+    monkeypatch.undo()
+    assert not (tmp_path / "rows").exists()
+    with pytest.raises(UserError, match=r"rows\.unfinished was prepared with data\.insert_eos = True, but it is False"):
+        prepare(dataclasses.replace(data, insert_eos=False), 16)
+    prepare(data, 16)
+    assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
+
+
+def test_an_interrupted_preparation_of_other_files_is_not_continued(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_write_shards", lambda *args: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        prepare(data, 16)
+    (tmp_path / "corpus" / "new.txt").write_text("one more")
+    with pytest.raises(UserError, match="was begun from other files than files now has"):
+        prepare(data, 16)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(data, tmp_path, documents, files_in):
+    """SIGKILL for the whole group of processes, at moments spread over the run; then once more, undisturbed."""
+    for path in (tmp_path / "corpus").iterdir():
+        path.unlink()
+    for n in range(12):
+        lines = "\n".join(json.dumps({"text": text * 400}) for text in documents[n::12])
+        (tmp_path / "corpus" / f"{n:02d}.jsonl").write_text(lines)
+    program = """
+import sys
+from bd3_jax.config import DataConfig
+from bd3_jax.data import corpora
+from bd3_jax.data.prepare import prepare
+from bd3_jax.data.rows import RowWriter
+if __name__ == "__main__":
+    corpora.SHARD_BYTES = 1
+    data = eval(sys.argv[1])
+    print("begins", flush=True)
+    prepare(data, 64, workers=2)
+"""
+    (tmp_path / "program.py").write_text(program)
+
+    def start(data):
+        command = [sys.executable, str(tmp_path / "program.py"), repr(data)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout.readline() == "begins\n"
+        return process
+
+    whole = dataclasses.replace(data, directory=str(tmp_path / "whole"))
+    began = time.monotonic()
+    with start(whole) as process:
+        assert process.wait() == 0
+    duration = time.monotonic() - began
+
+    killed = 0
+    for part in range(1, 12):
+        with start(data) as process:
+            try:
+                process.wait(timeout=duration * part / 12)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+    assert killed >= 3
+    with start(data) as process:
+        assert process.wait() == 0
+    assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
+    assert not (tmp_path / "rows.unfinished").exists()
