@@ -1,0 +1,103 @@
+"""Text from a checkpoint: what is written, and what is refused before anything is."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints.orbax import Checkpoints
+from bd3_jax.data.tokenizers import bytes_tokenizer
+from bd3_jax.errors import UserError
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.sampling.run import sample
+
+PROMPT = "red"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, random_params, tmp_path_factory):
+    """A run whose averaged and raw weights differ."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config("bd3lm,block_size=4", **{"sampling.prompt": PROMPT, "sampling.num_samples": 3})
+    lm = LanguageModel.from_config(config, bytes_tokenizer().ids)
+    run_folder.write_config(config, workdir)
+    bytes_tokenizer().save(workdir / "tokenizer")
+    checkpoints = Checkpoints(workdir, keep=1)
+    state = {"ema": random_params(lm, seed=1), "params": random_params(lm, seed=2)}
+    checkpoints.save(5, jax.tree.map(jax.numpy.asarray, state), {"rows": 0})
+    checkpoints.close()
+    return config, workdir
+
+
+def change(config, **sampling):
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **sampling))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_samples_are_printed_and_written(run, capsys):
+    config, workdir = run
+    samples = sample(config, workdir)
+    assert lines(workdir / "samples.jsonl") == samples
+    printed = capsys.readouterr().out
+    for index, drawn in enumerate(samples):
+        assert drawn["index"] == index
+        assert drawn["seed"] == config.sampling.seed
+        assert drawn["step"] == 5
+        assert drawn["tokens"][: 1 + len(PROMPT)] == [256, *PROMPT.encode()]
+        assert len(drawn["tokens"]) == config.sampling.max_length
+        assert drawn["text"].startswith(PROMPT)
+        assert drawn["text"] in printed
+        assert drawn["nfe"] == 16 - 1 - len(PROMPT)
+        assert drawn["cache_calls"] == 3
+        assert drawn["seconds"] > 0
+    assert len({drawn["text"] for drawn in samples}) == 3
+
+
+def test_earlier_samples_are_kept(run, capsys):
+    config, workdir = run
+    first = sample(config, workdir)
+    kept = sorted(workdir.glob("samples-*.jsonl"))
+    second = sample(change(config, seed=1, num_samples=1), workdir)
+    (moved,) = set(workdir.glob("samples-*.jsonl")) - set(kept)
+    assert lines(moved) == first
+    assert lines(workdir / "samples.jsonl") == second
+    assert str(moved) in capsys.readouterr().out
+
+
+def test_samples_do_not_depend_on_the_batch_size(run):
+    config, workdir = run
+    tokens = [[drawn["tokens"] for drawn in sample(change(config, batch_size=size), workdir)] for size in (1, 2, 8)]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_weights(run):
+    config, workdir = run
+    raw = sample(change(config, weights="raw"), workdir)
+    ema = sample(config, workdir)
+    assert [drawn["tokens"] for drawn in raw] != [drawn["tokens"] for drawn in ema]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_length", "message"),
+    [
+        ("a" * 16, 16, "has 17 tokens with BOS; allowed: up to 16"),
+        ("abc", 3, "has 4 tokens with BOS; allowed: up to 3"),
+    ],
+)
+def test_a_prompt_too_long_leaves_the_samples_alone(run, prompt, max_length, message):
+    config, workdir = run
+    sample(config, workdir)
+    before = {path.name: path.read_text() for path in workdir.glob("samples*")}
+    with pytest.raises(UserError, match=message):
+        sample(change(config, prompt=prompt, max_length=max_length), workdir)
+    assert {path.name: path.read_text() for path in workdir.glob("samples*")} == before
+
+
+def test_no_checkpoint(run, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        sample(run[0], tmp_path)
