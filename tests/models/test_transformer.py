@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import stats
 
 from bd3_jax.config import ModelConfig
 from bd3_jax.models import transformer
@@ -128,6 +129,20 @@ def test_dropout_of_each_branch(toy_lm, random_params, monkeypatch, silent):
     kept = np.abs(dropped) > 1e-6
     np.testing.assert_allclose(dropped[kept], branch[kept] / 0.75, rtol=1e-3, atol=1e-4)
     assert 1 - kept.mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / kept.size))
+
+
+def test_layers_drop_independently(toy_lm, random_params, monkeypatch):
+    """Layer n adds 3^n wherever it is not dropped, so that a sum tells which layers were."""
+    monkeypatch.setattr(transformer.Transformer, "finish", lambda self, x, cond: x)
+    lm = toy_lm("ar", num_layers=3, dropout=0.5, width=64, length=64)
+    params, x = random_params(lm), tokens(lm, 1)
+    params["blocks"]["attention_out"][:] = 0
+    params["blocks"]["mlp_out"]["kernel"][:] = 0
+    params["blocks"]["mlp_out"]["bias"][:] = np.array([1, 3, 9])[:, None] / 2  # kept entries are doubled
+    added = np.asarray(lm.network.apply(params, x, 1, dropout_key=jax.random.key(0))) - params["embedding"][x]
+    values, counts = np.unique(np.round(added).astype(int), return_counts=True)
+    assert values.tolist() == [0, 1, 3, 4, 9, 10, 12, 13]
+    assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_unrolling_changes_nothing(toy_lm, random_params):
