@@ -67,12 +67,58 @@ def _one_folder(argv: Sequence[str], usage: str, example: str) -> epath.Path:
     return epath.Path(argv[0])
 
 
+def parity(argv: Sequence[str]) -> None:
+    """Computes what the authors' implementation stored of its models, and compares.
+
+    bd3 parity FOLDER... [--atol=2e-5] [--rtol=1e-5]
+
+    A FOLDER holds a checkpoint and io.npz, or such folders; schedules.npz and ema.npz beside them are checked too.
+    Every array must agree: |ours - stored| <= atol + rtol |stored|. Exits 1 if one does not, or is missing.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_float("atol", 2e-5, "absolute tolerance", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("rtol", 1e-5, "relative tolerance", lower_bound=0, flag_values=values)
+    folders = command_line.positional(argv, values, usage=parity.__doc__ or "")
+    if not folders:
+        raise UserError("bd3 parity takes folders, as in bd3 parity tests/golden")
+    from bd3_jax import parity as checks
+
+    found = checks.parity(folders, values["atol"].value, values["rtol"].value)
+    print(checks.table(found))
+    if any(check.problem for check in found):
+        raise SystemExit(1)
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Writes a checkpoint in the authors' layout, or in ours.
+
+    bd3 convert SOURCE DEST [--weights=ema|raw] [--format=pytorch|bd3] [--tokenizer=NAME_OR_PATH]
+
+    SOURCE  a workdir, a folder or file of the authors' layout, or a hub id
+    DEST    a folder that does not exist yet: model.safetensors and config.json (pytorch), or a workdir that eval and
+            sample take and training starts from with --config.init_from=DEST (bd3); with a model card
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_enum("weights", "ema", ("ema", "raw"), "which weights of SOURCE", flag_values=values)
+    flags.DEFINE_enum("format", "pytorch", ("pytorch", "bd3"), "layout of DEST", flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "what SOURCE was trained with, if it does not say", flag_values=values)
+    paths = command_line.positional(argv, values, usage=convert.__doc__ or "")
+    if len(paths) != 2:
+        raise UserError(f"bd3 convert takes SOURCE and DEST, found {' '.join(paths) or 'nothing'}")
+    from bd3_jax.convert import convert as write
+
+    options = {name: values[name].value for name in ("weights", "format", "tokenizer")}
+    print(f"written to {write(*paths, **options)}")
+
+
 VERBS = {
     "prepare": Verb("turn a corpus into rows of tokens", prepare),
     "inspect": Verb("what is in a prepared corpus", inspect),
     "train": Verb("train a model, or train it on", partial(entry.run, mode="train")),
     "eval": Verb("likelihood and perplexity of a checkpoint on a prepared split", partial(entry.run, mode="eval")),
     "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),
+    "convert": Verb("write a checkpoint in the authors' layout, or in ours", convert),
+    "parity": Verb("compare with numbers stored by the authors' implementation", parity),
     "report": Verb("a run's curves, samples and settings as one HTML page", report),
 }
 

@@ -61,6 +61,23 @@ def parse(argv: Sequence[str], values: flags.FlagValues, usage: str) -> settings
     return settings.from_config_dict(values.config)
 
 
+def positional(argv: Sequence[str], values: flags.FlagValues, usage: str) -> list[str]:
+    """Reads flags of argv (without the program's name) into `values` and returns what is no flag.
+
+    Raises:
+      UserError: an unknown flag, or a value that it does not take.
+      SystemExit: with status 0, after --help has printed `usage`.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(usage.strip())
+        raise SystemExit(0)
+    try:
+        values.set_gnu_getopt(True)
+        return values(["bd3", *argv])[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+
+
 def load(path: str) -> ConfigDict:
     """Loads FILE.py or FILE.py:STRING; a `configs/NAME.py` that the current directory lacks is the installed one.
 

@@ -120,6 +120,7 @@ class MeshConfig:
 class Config:
     objective: Objective
     block_size: int
+    init_from: str
     seed: int
     model: ModelConfig
     noise: NoiseConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
@@ -35,6 +36,7 @@ class Pretrained:
       model: the objective bound to the network.
       params: float32, on the default device.
       tokenizer: None if none could be had: everything but texts works without.
+      run: the workdir, if it is one of ours.
       step: updates done in training; None if the source does not say.
       no_tokenizer: why there is no tokenizer.
     """
@@ -45,6 +47,7 @@ class Pretrained:
     model: LanguageModel
     params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer | None = dataclasses.field(repr=False)
+    run: epath.Path | None = None
     step: int | None = None
     no_tokenizer: str = ""
 
@@ -255,7 +258,7 @@ def load_pretrained(
     everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = network.abstract_params()
     params = opened.load(abstract, jax.tree.map(lambda _: everywhere, abstract))
-    return Pretrained(str(source), architecture, config, model, params, found, opened.step, reason)
+    return Pretrained(str(source), architecture, config, model, params, found, opened.run, opened.step, reason)
 
 
 def _override(source: Source, objective: str | None, block_size: int | None) -> tuple[Architecture, Config]:
@@ -289,9 +292,8 @@ def _find_tokenizer(source: Source, wanted: Tokenizer | str | None) -> tuple[Tok
         return wanted, ""
     if wanted is not None:
         return load_tokenizer(wanted), ""
-    own = source.run / "tokenizer" if source.run else None
-    if own is not None and own.exists():
-        return load_tokenizer(own), ""
+    if source.tokenizer is not None:
+        return load_tokenizer(source.tokenizer), ""
     vocab_size = source.architecture.vocab_size
     if vocab_size not in TOKENIZERS:
         return None, f"none is known for V = {vocab_size}"

@@ -23,6 +23,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
         dict(
             objective=objective,  # ar, mdlm, sedd or bd3lm
             block_size=block_size,  # B: tokens per block of bd3lm, a divisor of model.length; 0 elsewhere
+            init_from="",  # weights to start from: a workdir, published folder, file or hub id; empty: random ones
             seed=0,  # of initialisation, data order, noise and dropout
             model=dict(
                 length=1024,  # L: tokens per row, the training context

@@ -16,6 +16,8 @@ from bd3_jax.config import Config, NoiseConfig, from_config_dict
 from bd3_jax.errors import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TOKENIZER = "tokenizer.json"
+"""Beside them in what we export; the authors' own checkpoints come without."""
 
 # Keys that the checkpoints of Sahoo et al. and Lou et al. lack. They go with their noise: scaled_loglinear, and
 # position 0 masked like any other.
@@ -146,7 +148,7 @@ def download(source: str, revision: str | None = None, token: str | bool | None 
 
     try:
         folder = huggingface_hub.snapshot_download(
-            source, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS]
+            source, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, TOKENIZER]
         )
     except Exception as error:  # the library's errors have no base class in common
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,6 +26,7 @@ class Source:
       config: complete settings that fit it.
       load: (abstract parameters, shardings or None) -> parameters; `Network.abstract_params` gives the first. Raises
         UserError where they do not fit.
+      tokenizer: the file or folder of its own; None: it brings none.
       run: the workdir, if it is one of ours.
       step: updates done; None: the source does not say.
     """
@@ -34,6 +35,7 @@ class Source:
     architecture: Architecture
     config: Config
     load: Callable[[Any, Any], Any]
+    tokenizer: epath.Path | None
     run: epath.Path | None
     step: int | None
 
@@ -67,7 +69,9 @@ def open_source(
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
-    return Source(name, opened.architecture, opened.architecture.to_config(), load, run=None, step=None)
+    file = (path if path.is_dir() else path.parent) / published.TOKENIZER
+    tokenizer = file if file.exists() else None
+    return Source(name, opened.architecture, opened.architecture.to_config(), load, tokenizer, run=None, step=None)
 
 
 def _is_run(path: epath.Path) -> bool:
@@ -87,7 +91,8 @@ def _open_run(name: str, workdir: epath.Path, weights: Weights) -> Source:
     def load(abstract_params: Any, shardings: Any) -> Any:
         return orbax.restore_params(config, workdir, weights, shardings)[0]
 
-    return Source(name, architecture, config, load, run=workdir, step=summary.step)
+    tokenizer = workdir / "tokenizer" if (workdir / "tokenizer").exists() else None
+    return Source(name, architecture, config, load, tokenizer, run=workdir, step=summary.step)
 
 
 def read_config(workdir: epath.Path) -> Config:

@@ -1,7 +1,8 @@
 """Training, from top to bottom; the same code for one CPU and for a pod.
 
-Where it starts from: the newest checkpoint in the workdir, else fresh parameters from the seed. A run that was
-interrupted after any step continues with the same numbers as if it had not been.
+Where it starts from: the newest checkpoint in the workdir, else the weights of `config.init_from` (with a fresh
+optimiser, warm-up, average and interval), else fresh parameters from the seed. A run that was interrupted after any
+step continues with the same numbers as if it had not been.
 """
 
 import contextlib
@@ -29,8 +30,9 @@ from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate_params
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.training import sharding
+from bd3_jax.training.initial import open_initial
 from bd3_jax.training.logging import MetricLog
-from bd3_jax.training.state import TrainState, init_state, learning_rate, make_optimizer, update_ema
+from bd3_jax.training.state import TrainState, init_state, learning_rate, make_optimizer, start_state, update_ema
 
 # Streams of random numbers that follow from the seed.
 _INIT, _TRAIN = 0, 1
@@ -62,14 +64,15 @@ def train(config: Config, workdir: epath.Path) -> None:
     validation = open_dataset(config.data, config.model.length, config.eval.split)
     newest = latest_step(workdir)
     if newest is not None:
-        run_folder.check_continues(config, workdir)
         _check_data(dataset, workdir)
+        run_folder.check_continues(config, workdir)
         if newest >= num_steps:
             print(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
 
     # --------------------------------------------------------------------------------------------------- model
     model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    source = open_initial(config, dataset.tokenizer) if newest is None and config.init_from else None
 
     # --------------------------------------------------------------------------------------------------- state
     optimizer = make_optimizer(config.optimizer, num_steps)
@@ -77,6 +80,8 @@ def train(config: Config, workdir: epath.Path) -> None:
     init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
     abstract = sharding.shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    # Each parameter goes from the file to its shards, before anything is written.
+    initial = None if source is None else source.load(model.network.abstract_params(), shardings.params)
 
     # -------------------------------------------------------------------------------------------------- update
     print(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
@@ -96,7 +101,12 @@ def train(config: Config, workdir: epath.Path) -> None:
         dataset.manifest.save(workdir)
     checkpoints = Checkpoints(workdir, training.keep_checkpoints)
     unrecorded: list[dict[str, Array | float]] = []  # metrics of the steps since the last record
-    if newest is None:
+    if initial is not None:
+        # Donated, so that parameters and average share no memory.
+        begin = jax.jit(functools.partial(start_state, optimizer, config), donate_argnums=0, out_shardings=shardings)
+        state, start, rows = begin(initial), 0, 0
+        print(f"{workdir}: starts from the weights of {config.init_from}")
+    elif newest is None:
         state, start, rows = jax.jit(init, out_shardings=shardings)(), 0, 0
     else:
         state, position = checkpoints.restore(newest, abstract)
@@ -193,7 +203,10 @@ def _means(records: list[dict[str, Array | float]]) -> dict[str, float]:
 def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
     if not is_prepared(workdir):
-        raise UserError(f"{workdir} has a checkpoint but no manifest.json: it can be evaluated, not continued")
+        raise UserError(
+            f"{workdir} has a checkpoint but no manifest.json: it can be evaluated, not "
+            f"continued; a new run may start from it with --config.init_from={workdir}"
+        )
     began_with, found = load_manifest(workdir), dataset.manifest
     for name, old, new in (
         ("tokenizer", began_with.fingerprint, found.fingerprint),

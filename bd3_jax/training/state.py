@@ -38,8 +38,12 @@ class TrainState:
 def init_state(
     network: Network, optimizer: optax.GradientTransformation, config: Config, key: PRNGKeyArray
 ) -> TrainState:
-    """The state before the first update; the average starts at the parameters."""
-    params = network.init(key)
+    """The state before the first update, from fresh parameters."""
+    return start_state(optimizer, config, network.init(key))
+
+
+def start_state(optimizer: optax.GradientTransformation, config: Config, params: Params) -> TrainState:
+    """The state before the first update, from any parameters; the average starts at them, all else anew."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -1,0 +1,124 @@
+"""The README.md beside exported weights: what they are, what they were trained on, how to use them."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from bd3_jax.checkpoints.published import TOKENIZERS
+from bd3_jax.pretrained import Pretrained
+
+_UNKNOWN = "not stated by the source"
+
+_OBJECTIVES = {
+    "ar": "autoregressive",
+    "mdlm": "masked diffusion (MDLM, arXiv 2406.07524)",
+    "sedd": "absorbing score-entropy diffusion (SEDD, arXiv 2310.16834)",
+    "bd3lm": "block diffusion (BD3-LM, arXiv 2503.09573)",
+}
+
+# Test perplexity on OpenWebText (Block Diffusion, table 4).
+_PERPLEXITY = {
+    f"kuleshov-group/bd3lm-owt-block_size{size}": value for size, value in ((4, 20.73), (8, 21.68), (16, 22.27))
+}
+
+
+def model_card(loaded: Pretrained, name: str, weights: str) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    Args:
+      loaded: the model.
+      name: its title.
+      weights: ema or raw.
+    """
+    a = loaded.architecture
+    facts = {
+        "objective": f"{a.objective}: {_OBJECTIVES[a.objective]}",
+        "block size B": str(a.block_size),
+        "context L": f"{a.length} tokens",
+        "network": f"{a.num_layers} layers, width {a.width}, {a.num_heads} heads, "
+        + (f"adaLN with {a.cond_dim} features, " if a.adaln else "no adaLN, ")
+        + f"{_count(loaded):,} parameters, float32",
+        "vocabulary V": f"{a.vocab_size:,} with the mask (id {loaded.mask_id})",
+        "noise": f"{a.schedule}, t in [{a.low}, {a.high}]"
+        + (" (searched)" if a.searched else "")
+        + f"; position 0 is {'never' if a.ignore_bos else 'also'} masked",
+        "weights": "exponential moving average" if weights == "ema" else "raw, not averaged",
+        "source": f"`{loaded.source}`",
+        **_training(loaded),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+library_name: bd3_jax
+tags: [diffusion, text-generation, {a.objective}]
+---
+
+# {name}
+
+| | |
+| --- | --- |
+{rows}
+
+## Use
+
+```python
+import bd3_jax
+
+model = bd3_jax.load_pretrained("{name}")  # this folder
+model.sample(num_samples=2)
+model.perplexity(["Some text."])
+```
+
+`bd3 train --config=... --config.init_from={name}` starts training from it.
+"""
+
+
+def _training(loaded: Pretrained) -> dict[str, str]:
+    """Tokenizer, corpus, EOS policy, steps and evaluation, as far as they are known."""
+    if loaded.run is None:
+        hub = loaded.source
+        owt = hub.startswith(("kuleshov-group/", "louaaron/sedd")) and ("owt" in hub or "sedd" in hub)
+        no_injection = "noeos" in hub or hub in _PERPLEXITY or "bd3lm-owt" in hub
+        return {
+            "tokenizer": TOKENIZERS.get(loaded.architecture.vocab_size, _UNKNOWN),
+            "EOS": "after every document, none around rows" if owt and no_injection else _UNKNOWN,
+            "training corpus": "OpenWebText" if owt else _UNKNOWN,
+            "training steps": _UNKNOWN,
+            "evaluation": f"test perplexity {_PERPLEXITY[hub]} on OpenWebText (published: Block Diffusion, table 4)"
+            if hub in _PERPLEXITY
+            else _UNKNOWN,
+        }
+    data, training = loaded.config.data, loaded.config.training
+    own = loaded.tokenizer.fingerprint[:12] if loaded.tokenizer else "not found"
+    steps = f"{loaded.step:,} of {training.batch_size} sequences"
+    if loaded.config.init_from:
+        steps += f", from the weights of `{loaded.config.init_from}`"
+    return {
+        "tokenizer": f"{data.tokenizer or 'the usual one of the corpus'} (fingerprint {own})",
+        "EOS": f"{'after every document' if data.insert_eos else 'not between documents'}; "
+        f"{'BOS and EOS around every row' if data.insert_special else 'none around rows'}",
+        "training corpus": data.corpus,
+        "training steps": steps,
+        "evaluation": _evaluation(loaded.run),
+    }
+
+
+def _evaluation(workdir: epath.Path) -> str:
+    """The last evaluation in metrics.jsonl."""
+    try:
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        last = [record for record in records if "eval/perplexity" in record][-1]
+        return (
+            f"perplexity {last['eval/perplexity']:.3f} +- {last['eval/perplexity_standard_error']:.3f} "
+            f"({last['eval/estimator']}) on {last['eval/tokens']:,} tokens of the {last['eval/split']} split, "
+            f"after {last['step']:,} steps"
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return _UNKNOWN
+
+
+def _count(loaded: Pretrained) -> int:
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
