@@ -146,6 +146,8 @@ class Pretrained:
         texts = [texts] if isinstance(texts, str) else texts
         are_texts = len(texts) > 0 and isinstance(texts[0], str)
         rows = self._pack(texts) if are_texts else self._rows(texts, "rows")
+        if (rows == self.mask_id).any():
+            raise UserError(f"rows hold the mask's id {self.mask_id}, which is no token of a text")
         model = self._fitted(rows.shape[1])
         losses = sequence_losses(model, self.params, _batches(rows, c.batch_size), c)
         return Result.of(

@@ -284,8 +284,9 @@ def write_published(folder: epath.Path, architecture: Architecture, params: Any)
     from safetensors.numpy import save_file
 
     tensors = to_tensors(params)
-    frequencies = 10000.0 ** -(np.arange(0, _head_dim(architecture), 2) / _head_dim(architecture))
-    tensors[PREFIX + INVERSE_FREQUENCIES] = frequencies.astype(np.float32)
+    # Rounded at every step, as the authors' float32 arithmetic rounds.
+    exponents = np.arange(0, _head_dim(architecture), 2, np.float32) / np.float32(_head_dim(architecture))
+    tensors[PREFIX + INVERSE_FREQUENCIES] = np.float32(1) / (10000.0 ** exponents.astype(np.float64)).astype(np.float32)
     if architecture.searched:
         tensors |= {
             name: np.asarray(value, np.float32)

@@ -143,6 +143,11 @@ def from_tensors(tensors: Mapping[str, Stored], abstract_params: Any, shardings:
         for tensor, layer, leaf in entries
     }
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in theirs]
+    problems += [
+        f"{name} stands with and without the prefix {PREFIX}"
+        for name in theirs
+        if {name, PREFIX + name} <= tensors.keys()
+    ]
     for name, value in theirs.items():
         if name not in expected and name not in IGNORED:
             problems.append(f"unexpected {name} {value.shape}")

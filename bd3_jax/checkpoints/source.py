@@ -56,8 +56,12 @@ def open_source(
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}; allowed: ema, raw")
-    path = epath.Path(name)
-    if not path.exists():
+    try:
+        path = epath.Path(name)
+        exists = path.exists()
+    except KeyError:  # a URL of a kind that etils does not know
+        exists = False
+    if not exists:
         path = published.download(name, revision, token)
     if _is_run(path):
         return _open_run(name, path, weights)

@@ -27,7 +27,8 @@ class LazyTensor:
     read: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read().astype(dtype or np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes inf, which no model accepts
+            return self.read().astype(dtype or np.float32, copy=False)
 
 
 def open_tensors(path: epath.Path, weights: Literal["ema", "raw"] = "ema") -> Mapping[str, LazyTensor]:
@@ -112,4 +113,4 @@ def _reason(error: Exception) -> str:
     """The one sentence of torch's pages of advice that says what was found."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "nsupported" in line or "Error" in line]
-    return (telling or lines or [type(error).__name__])[0]
+    return telling[0] if telling else f"{type(error).__name__} {' '.join(lines[:1])}".strip()
