@@ -48,7 +48,7 @@ def test_parameter_count():
 
 def test_initialisation(toy_lm):
     lm = toy_lm("mdlm", width=64, num_heads=4, cond_dim=32, vocab_size=200, num_layers=3)
-    params = lm.network.init(jax.random.key(0))
+    params = jax.jit(lm.network.init)(jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, lm.network.abstract_params())
     uniform = {  # fan-in of each
         ("embedding",): 64,
@@ -84,9 +84,9 @@ def test_initialisation(toy_lm):
 
     layers = np.asarray(params["blocks"]["qkv"])
     assert not np.array_equal(layers[0], layers[1])
-    again = lm.network.init(jax.random.key(0))
+    again = jax.jit(lm.network.init)(jax.random.key(0))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
-    assert not np.array_equal(params["embedding"], lm.network.init(jax.random.key(1))["embedding"])
+    assert not np.array_equal(params["embedding"], jax.jit(lm.network.init)(jax.random.key(1))["embedding"])
 
 
 @pytest.mark.parametrize("objective", ["ar", "sedd"])
@@ -121,7 +121,7 @@ def test_dropout(toy_lm, random_params):
 def test_dropout_of_each_branch(toy_lm, random_params, monkeypatch, silent):
     """One layer, one branch silent, no final norm: x + branch, whose entries are 0 or scaled by 1 / (1 - rate)."""
     monkeypatch.setattr(transformer.Transformer, "finish", lambda self, x, cond: x)
-    lm = toy_lm("ar", num_layers=1, dropout=0.25, width=64, length=64)
+    lm = toy_lm("ar", num_layers=1, dropout=0.25, width=64, length=64, attention_chunk=64)
     params, x = random_params(lm), tokens(lm, 1)
     params["blocks"][silent] = jax.tree.map(np.zeros_like, params["blocks"][silent])
     run = lambda key: np.asarray(lm.network.apply(params, x, 1, dropout_key=key)) - params["embedding"][x]
@@ -134,7 +134,7 @@ def test_dropout_of_each_branch(toy_lm, random_params, monkeypatch, silent):
 def test_layers_drop_independently(toy_lm, random_params, monkeypatch):
     """Layer n adds 3^n wherever it is not dropped, so that a sum tells which layers were."""
     monkeypatch.setattr(transformer.Transformer, "finish", lambda self, x, cond: x)
-    lm = toy_lm("ar", num_layers=3, dropout=0.5, width=64, length=64)
+    lm = toy_lm("ar", num_layers=3, dropout=0.5, width=64, length=64, attention_chunk=64)
     params, x = random_params(lm), tokens(lm, 1)
     params["blocks"]["attention_out"][:] = 0
     params["blocks"]["mlp_out"]["kernel"][:] = 0
@@ -147,11 +147,11 @@ def test_layers_drop_independently(toy_lm, random_params, monkeypatch):
 
 def test_unrolling_changes_nothing(toy_lm, random_params):
     lm = toy_lm("bd3lm", block_size=4, num_layers=4, attention_chunk=12)
-    params, x, clean = random_params(lm, scale=0.1), tokens(lm), tokens(lm)
+    params, x = random_params(lm, scale=0.1), tokens(lm)
 
     def run(unroll):
         network = replaced(lm, scan_unroll=unroll).network
-        return jax.jit(lambda p: network.apply(p, x, 4, clean=clean, dropout_key=jax.random.key(0)))(params)
+        return jax.jit(lambda p: network.apply(p, x, 4, dropout_key=jax.random.key(0)))(params)
 
     expected = run(1)
     for unroll in (2, 50):  # the scan is over 3 layers
@@ -185,7 +185,7 @@ def test_time_features():
 
 def test_bfloat16_is_close_to_float32(toy_lm):
     lm = toy_lm("bd3lm", block_size=4, width=64, num_heads=4)
-    params, x, clean = lm.network.init(jax.random.key(0)), tokens(lm), tokens(lm)
+    params, x, clean = jax.jit(lm.network.init)(jax.random.key(0)), tokens(lm), tokens(lm)
     params["output"]["kernel"] = jax.random.normal(jax.random.key(1), params["output"]["kernel"].shape) * 0.1
 
     def logits(lm):
