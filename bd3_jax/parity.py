@@ -169,7 +169,7 @@ def check_ema(file: epath.Path, atol: float, rtol: float) -> list[Check]:
 def _load(file: epath.Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz that are numbers; nothing is unpickled."""
     try:
-        with np.load(file, allow_pickle=False) as content:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is no readable .npz of numbers: {error}") from None

@@ -285,7 +285,7 @@ def write_published(folder: epath.Path, architecture: Architecture, params: Any)
 
     tensors = to_tensors(params)
     # Rounded at every step, as the authors' float32 arithmetic rounds.
-    exponents = np.arange(0, _head_dim(architecture), 2, np.float32) / np.float32(_head_dim(architecture))
+    exponents = np.arange(0, _head_dim(architecture), 2).astype(np.float32) / np.float32(_head_dim(architecture))
     tensors[PREFIX + INVERSE_FREQUENCIES] = np.float32(1) / (10000.0 ** exponents.astype(np.float64)).astype(np.float32)
     if architecture.searched:
         tensors |= {

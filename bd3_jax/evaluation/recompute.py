@@ -3,6 +3,7 @@
 tests/golden/README.md lists the arrays. Sizes, vocabulary and block size come from the model.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,15 +92,41 @@ def groups(
     return groups
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _likelihood_pass(
+    lm: LanguageModel, params: Params, x0: Int[Array, "b L"], draw: likelihood.Draw | None
+) -> tuple[Float[Array, "b L V"], Float[Array, "b L V"], Float[Array, "b L"]]:
+    """Logits, what the objective makes of them, and the loss of every token."""
+    logits, mask = lm.network.unembed(params, lm.hidden(params, x0, draw)), lm.ids.mask
+    if draw is None:
+        output = objectives.ar_log_probs(logits, mask)
+    elif lm.objective == "sedd":
+        sigma = jnp.broadcast_to(draw.sigma, draw.xt.shape)
+        output = objectives.sedd_log_score(logits, draw.xt, sigma, mask)
+    else:
+        output = objectives.subs_log_probs(logits, draw.xt, mask)
+    return logits, output, lm.token_losses(params, x0, draw)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(lm: LanguageModel, params: Params, x: Int[Array, "b L"]) -> Float[Array, "b L V"]:
+    """log p(x0 | x_t) of a SUBS model in sampling mode."""
+    logits = lm.network.unembed(params, lm.network.apply(params, x, lm.block_size))
+    return objectives.subs_log_probs(logits, x, lm.ids.mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step_probs(
+    lm: LanguageModel, p: float, params: Params, xt: Int[Array, "b L"], sigma: Float[Array, "b"], dsigma: Array
+) -> Float[Array, "b L V"]:
+    """Unnormalised probabilities of SEDD's step from the noise sigma to sigma - dsigma."""
+    logits, mask = lm.network.unembed(params, lm.network.apply(params, xt, lm.block_size, sigma=sigma)), lm.ids.mask
+    log_score = objectives.sedd_log_score(logits, xt, jnp.broadcast_to(sigma[:, None], xt.shape), mask)
+    return analytic.step_probs(analytic.score(log_score, p), xt, dsigma, mask)
+
+
 def _autoregressive(lm: LanguageModel, params: Params, inputs: _Inputs) -> Outputs:
-    x0 = inputs.tokens("x0")
-
-    @jax.jit
-    def run(params: Params) -> tuple[Array, Array, Array]:
-        logits = lm.network.unembed(params, lm.hidden(params, x0, None))
-        return logits, objectives.ar_log_probs(logits, lm.ids.mask), lm.token_losses(params, x0, None)
-
-    logits, log_probs, losses = run(params)
+    logits, log_probs, losses = _likelihood_pass(lm, params, inputs.tokens("x0"), None)
     return {"logits": logits, "log_probs": log_probs, "nlls": losses[:, 1:], "loss": losses[:, 1:].mean()}
 
 
@@ -112,31 +139,9 @@ def _noised(lm: LanguageModel, params: Params, inputs: _Inputs) -> Outputs:
     schedule = get_schedule(lm.noise.schedule)
     weight = jnp.repeat(-schedule.loss_scale(t), lm.block_size, axis=1)
     draw = likelihood.Draw(xt, weight, schedule.total_noise(t))
-
-    @jax.jit
-    def run(params: Params) -> tuple[Array, Array, Array]:
-        logits = lm.network.unembed(params, lm.hidden(params, x0, draw))
-        if lm.objective == "sedd":
-            sigma = jnp.broadcast_to(draw.sigma, draw.xt.shape)
-            output = objectives.sedd_log_score(logits, draw.xt, sigma, lm.ids.mask)
-        else:
-            output = objectives.subs_log_probs(logits, draw.xt, lm.ids.mask)
-        return logits, output, lm.token_losses(params, x0, draw)
-
-    logits, output, losses = run(params)
+    logits, output, losses = _likelihood_pass(lm, params, x0, draw)
     # One sigma is stored for a sequence: that of its first block.
     return {"sigma": draw.sigma[:, :1], "logits": logits, "model_output": output, "nll_per_token": losses}
-
-
-def _log_probs(lm: LanguageModel, params: Params, x: Int[Array, "b L"]) -> Float[Array, "b L V"]:
-    """log p(x0 | x_t) of a SUBS model in sampling mode."""
-
-    @jax.jit
-    def run(params: Params) -> Array:
-        logits = lm.network.unembed(params, lm.network.apply(params, x, lm.block_size))
-        return objectives.subs_log_probs(logits, x, lm.ids.mask)
-
-    return run(params)
 
 
 def _sampling_mode(lm: LanguageModel, params: Params, inputs: _Inputs) -> Outputs:
@@ -170,19 +175,11 @@ def _analytic(lm: LanguageModel, params: Params, inputs: _Inputs, array: str) ->
         p = 0.0
     xt, t = inputs.tokens("xt"), inputs.number(f"{step}_t")
     rest = t - inputs.number("analytic_dt") if step == "analytic" else 0.0
-    if not (0 <= rest <= t <= 1 and 0 < p <= 1):
+    if not (0 <= rest <= t <= 1 and t > 0 and 0 < p <= 1):
         raise Unusable(
-            f"the name says P = {suffix}, t is {t}, t - dt {rest}; expected 0 <= t - dt <= t <= 1, 0 < P <= 1"
+            f"the name says P = {suffix}, t is {t}, t - dt {rest}; expected 0 <= t - dt <= t <= 1, t > 0, 0 < P <= 1"
         )
-    sigma_at, mask = get_schedule("loglinear").total_noise, lm.ids.mask
-    sigma = sigma_at(jnp.full((len(xt),), t))
+    sigma_at = get_schedule("loglinear").total_noise
     dsigma = sigma_at(jnp.float32(t)) - sigma_at(jnp.float32(rest))
-
-    @jax.jit
-    def run(params: Params) -> Array:
-        logits = lm.network.unembed(params, lm.network.apply(params, xt, lm.block_size, sigma=sigma))
-        log_score = objectives.sedd_log_score(logits, xt, jnp.broadcast_to(sigma[:, None], xt.shape), mask)
-        probs = analytic.step_probs(analytic.score(log_score, p), xt, dsigma, mask)
-        return probs.at[..., mask].set(0) if step == "denoiser" else probs
-
-    return {array: run(params)}
+    probs = _step_probs(lm, p, params, xt, sigma_at(jnp.full((len(xt),), t)), dsigma)
+    return {array: probs if step == "analytic" else probs.at[..., lm.ids.mask].set(0)}

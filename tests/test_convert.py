@@ -1,0 +1,238 @@
+"""`bd3 convert`: the same bits there and back, in their layout and in ours, and nothing overwritten."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file
+
+from bd3_jax import cli
+from bd3_jax.checkpoints import orbax, run_folder
+from bd3_jax.convert import convert
+from bd3_jax.data.tokenizers import load_tokenizer
+from bd3_jax.errors import UserError
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.pretrained import load_pretrained
+from tests import reference
+from tests.conftest import GOLDEN
+
+FOLDERS = ["bd3lm_block4", "bd3lm_block1", "mdlm", "sedd", "ar"]
+
+
+def equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def same_tensors(folder: Path, other: Path) -> None:
+    """Names, shapes, dtypes and every bit."""
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (value.dtype, value.shape), name
+        assert ours[name].tobytes() == value.tobytes(), name
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_theirs_comes_out_as_it_went_in(name, tmp_path):
+    assert cli.main(["convert", str(GOLDEN / name), str(tmp_path / "out")]) == 0
+    same_tensors(tmp_path / "out", GOLDEN / name)
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", GOLDEN / name))
+    assert ours == theirs
+    assert list(ours) == list(theirs)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_through_our_layout(name, tmp_path):
+    """Theirs -> ours -> theirs: a workdir that loads as the same model, and every tensor bit for bit."""
+    assert cli.main(["convert", str(GOLDEN / name), str(tmp_path / "run"), "--format=bd3"]) == 0
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    there, first = load_pretrained(str(tmp_path / "run")), load_pretrained(str(GOLDEN / name))
+    equal(there.params, first.params)
+    assert there.model == first.model
+    assert there.interval == first.interval
+    tensors = load_file(tmp_path / "back" / "model.safetensors")
+    original = load_file(GOLDEN / name / "model.safetensors")
+    assert tensors.keys() == original.keys()
+    same_tensors(tmp_path / "back", GOLDEN / name)
+
+
+def test_a_searched_interval_and_the_older_noise_survive(tmp_path):
+    """Through both layouts; an older config.json has fewer keys, which say that its noise is another."""
+    config = reference.config_json("bd3lm", 4, 11, 8, 16, 2, 2, 4)
+    tensors = reference.random_tensors(config, np.random.default_rng(0))
+    tensors |= {"sampling_eps_min": np.array(0.45, np.float32), "sampling_eps_max": np.array(0.95, np.float32)}
+    reference.write_checkpoint(tmp_path / "searched", config, tensors)
+    older = reference.config_json("mdlm", 8, 11, 8, 16, 2, 2, 4)
+    weights = reference.random_tensors(older, np.random.default_rng(0))
+    kept = (
+        "model_length",
+        "vocab_size",
+        "hidden_dim",
+        "cond_dim",
+        "n_blocks",
+        "n_heads",
+        "dropout",
+        "time_conditioning",
+    )
+    reference.write_checkpoint(tmp_path / "older", {key: older[key] for key in kept}, weights)
+    for name in ("searched", "older"):
+        source, run, back = (tmp_path / path for path in (name, f"{name}_run", f"{name}_back"))
+        convert(str(source), str(run), format="bd3")
+        convert(str(run), str(back))
+        same_tensors(back, source)
+        first, last = load_pretrained(str(source)), load_pretrained(str(back))
+        assert first.model == last.model
+        assert first.interval == last.interval
+    assert load_pretrained(str(tmp_path / "searched_back")).interval == (0.45, 0.95)
+    assert load_pretrained(str(tmp_path / "older_back")).model.noise.schedule == "scaled_loglinear"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, tmp_path_factory) -> Path:
+    """A workdir of ours, averaged weights apart from the raw ones, with an evaluation on record."""
+    workdir = epath.Path(tmp_path_factory.mktemp("run"))
+    config = tiny_config("bd3lm,block_size=8")
+    tokenizer = load_tokenizer("bytes")
+    params = LanguageModel.from_config(config, tokenizer.ids).network.init(jax.random.key(0))
+    run_folder.write_config(config, workdir)
+    tokenizer.save(workdir / "tokenizer")
+    state = {"ema": params, "params": jax.tree.map(lambda p: 2 * p, params)}
+    checkpoints = orbax.Checkpoints(workdir, keep=1)
+    checkpoints.save(1234, state | {"low": np.float32(0.001), "high": np.float32(1)}, {"rows": 0})
+    checkpoints.close()
+    record = {"perplexity": 21.5, "perplexity_standard_error": 0.25, "estimator": "exact", "tokens": 999}
+    record = {f"eval/{name}": value for name, value in (record | {"split": "validation"}).items()}
+    lines = [
+        {"step": 1000, **record, "eval/perplexity": 99.0},
+        {"step": 1234, **record},
+        {"step": 1234, "train/loss": 1},
+    ]
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return Path(workdir)
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+@pytest.mark.parametrize("form", ["pytorch", "bd3"])
+def test_a_workdir_with_its_tokenizer(weights, form, run, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["convert", f"--format={form}", str(run), str(out), f"--weights={weights}"]) == 0
+    wanted, found = load_pretrained(str(run), weights=weights), load_pretrained(str(out))
+    equal(found.params, wanted.params)
+    assert found.architecture == wanted.architecture
+    assert found.tokenizer.fingerprint == wanted.tokenizer.fingerprint
+
+
+def test_names_and_shapes_are_the_authors(run, tmp_path):
+    convert(str(run), str(tmp_path / "out"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = reference.shapes(reference.config_json("bd3lm", 8, 258, 16, 32, 2, 2, 8))
+    expected["backbone.rotary_emb.inv_freq"] = (8,)
+    assert {name: value.shape for name, value in tensors.items()} == expected
+    assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
+    assert config.keys() == json.loads((GOLDEN / "mdlm" / "config.json").read_text()).keys()
+    # The frequencies are not read by us, but by them.
+    exact = 10000.0 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(tensors["backbone.rotary_emb.inv_freq"], exact, rtol=1e-6)
+
+
+def test_our_layout_evaluates_and_samples(run, tiny_config, tmp_path, capsys):
+    convert(str(run), str(tmp_path / "out"), format="bd3")
+    workdir = f"--workdir={tmp_path / 'out'}"
+    assert cli.main(["eval", workdir]) == 0
+    assert re.search(r"perplexity\s+\d+", capsys.readouterr().out)
+    assert cli.main(["sample", workdir, "--config.sampling.num_samples=1"]) == 0
+    assert (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_our_layout_is_no_run_to_continue(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    convert(str(run), str(out), format="bd3")
+    assert cli.main(["train", f"--workdir={out}"]) == 2
+    assert f"a new run may start from it with --config.init_from={out}" in capsys.readouterr().err
+
+
+def test_the_model_card(run, tmp_path):
+    convert(str(run), str(tmp_path / "my-model"))
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    for fact in (
+        "| objective | bd3lm: block diffusion", "| block size B | 8 |", "| context L | 16 tokens |",
+        "| tokenizer | bytes (fingerprint ", "| EOS | after every document; none around rows |",
+        "| training corpus | files |", "| training steps | 1,234 of 8 sequences |",
+        "perplexity 21.500 +- 0.250 (exact) on 999 tokens of the validation split",
+        'load_pretrained("my-model")', "--config.init_from=my-model",
+    ):  # fmt: skip
+        assert fact in card, fact
+    assert card.startswith("---\nlibrary_name: bd3_jax\n")
+
+
+def test_a_card_claims_nothing_that_the_source_does_not_say(tmp_path):
+    convert(str(GOLDEN / "mdlm"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in ("tokenizer", "EOS", "training corpus", "training steps", "evaluation"):
+        assert f"| {fact} | not stated by the source |" in card
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_nothing_is_overwritten(kind, tmp_path, capsys):
+    dest = tmp_path / "out"
+    if kind == "folder":
+        dest.mkdir()
+        (dest / "mine").write_text("precious")
+    else:
+        dest.write_text("precious")
+    assert cli.main(["convert", str(GOLDEN / "ar"), str(dest)]) == 2
+    assert f"{dest} exists and is not overwritten" in capsys.readouterr().err
+    assert (dest / "mine" if kind == "folder" else dest).read_text() == "precious"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("bd3_jax.convert.write_published", fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert(str(GOLDEN / "ar"), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "takes SOURCE and DEST, found nothing"),
+        (["a"], "takes SOURCE and DEST, found a"),
+        (["a", "b", "c"], "takes SOURCE and DEST"),
+        ([str(GOLDEN / "ar"), "out", "--format=onnx"], "pytorch|bd3"),
+        ([str(GOLDEN / "ar"), "out", "--weights=raw"], "holds one set of weights"),
+        ([str(GOLDEN / "ar"), "out", "--tokenizer=bytes"], "the tokenizer has V = 258"),
+        (["nowhere", "out"], "'nowhere' does not exist here and is no hub id"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_run_can_be_is_refused(tmp_path):
+    """A BD3-LM that is fed the time."""
+    config = reference.config_json("bd3lm", 4, 11, 8, 16, 2, 2, 4) | {"time_conditioning": True}
+    reference.write_checkpoint(tmp_path / "m", config, reference.random_tensors(config, np.random.default_rng(0)))
+    with pytest.raises(UserError, match="is bd3lm and is conditioned on time: no run is such"):
+        convert(str(tmp_path / "m"), str(tmp_path / "run"), format="bd3")
+    assert not (tmp_path / "run").exists()
+    convert(str(tmp_path / "m"), str(tmp_path / "out"))
+    same_tensors(tmp_path / "out", tmp_path / "m")
+
+
+def test_unknown_formats_are_refused(tmp_path):
+    with pytest.raises(UserError, match="format is 'onnx'; allowed: pytorch, bd3"):
+        convert(str(GOLDEN / "ar"), str(tmp_path / "out"), format="onnx")
