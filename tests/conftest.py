@@ -127,13 +127,13 @@ def random_params() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """tiny_config('bd3lm,block_size=4', **{'training.num_steps': 6}): a model that trains in seconds, its data prepared."""
+    """Settings of a model that trains in seconds, its data prepared: a config string and fields by their dotted names."""
     source, rows = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data") / "rows"
     rng = np.random.default_rng(0)
     for split, count in (("train", 90), ("validation", 10)):
         (source / split).mkdir()
-        text = "\n".join(json.dumps({"text": " ".join(rng.choice(["red", "blue", "cat", "dog"], 40))}) for _ in range(count))
-        (source / split / "documents.jsonl").write_text(text)
+        texts = [" ".join(rng.choice(["red", "blue", "cat", "dog"], 40)) for _ in range(count)]
+        (source / split / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
     def build(string: str, **overrides: Any) -> Config:
         config = base.get_config(string)

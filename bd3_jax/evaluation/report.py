@@ -26,7 +26,8 @@ figure, pre, blockquote { margin: 0; padding: .8rem; background: var(--card); bo
 figcaption { font-weight: 600; margin-bottom: .3rem; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 11px; } blockquote { margin-bottom: .8rem; white-space: pre-wrap;
   overflow-wrap: anywhere; } blockquote footer { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
-table { border-collapse: collapse; margin-bottom: 1.5rem; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; font-weight: 400; }
+table { border-collapse: collapse; margin-bottom: 1.5rem; }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; font-weight: 400; }
 td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; } .soft { color: var(--soft); }
 """
 
