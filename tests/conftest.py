@@ -127,7 +127,7 @@ def random_params() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """Settings of a model that trains in seconds, data prepared; takes a config string and fields by their dotted names."""
+    """Settings of a model that trains in seconds, data prepared; takes a config string and fields by dotted name."""
     source, rows = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data") / "rows"
     rng = np.random.default_rng(0)
     for split, count in (("train", 90), ("validation", 10)):
