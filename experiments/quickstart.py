@@ -13,7 +13,7 @@ import time
 
 from etils import epath
 
-from bd3_jax.evaluation.report import read_records, series
+from bd3_jax.evaluation.report import comparable, read_records, series
 
 CONFIG = "configs/quickstart.py:bd3lm,block_size=8"
 WORKDIR = epath.Path("runs/quickstart")
@@ -21,27 +21,36 @@ WORKDIR = epath.Path("runs/quickstart")
 
 def main(overrides: list[str]) -> int:
     started = time.monotonic()
-    run = [f"--config={CONFIG}", f"--workdir={WORKDIR}", *overrides]
+    of_run = [f"--config={CONFIG}", f"--workdir={WORKDIR}", *overrides]
     commands = [
         ("prepare", [f"--config={CONFIG}", *overrides]),
-        ("train", run),
-        ("eval", run),
-        ("sample", run),
+        ("train", of_run),
+        ("eval", of_run),
+        ("sample", of_run),
         ("report", [str(WORKDIR)]),
     ]
     for verb, args in commands:
         print(f"\n$ bd3 {' '.join([verb, *args])}", flush=True)
-        status = subprocess.run([sys.executable, "-m", "bd3_jax.cli", verb, *args]).returncode
+        status = run([sys.executable, "-m", "bd3_jax.cli", verb, *args])
         if status:
-            print(f"\nbd3 {verb} ended with status {status}. `make quickstart` goes on from here.", file=sys.stderr)
+            print(f"\nbd3 {verb} ended with status {status}. The same command goes on from here.", file=sys.stderr)
             return status
     print(summary(time.monotonic() - started))
     return 0
 
 
+def run(command: list[str]) -> int:
+    """Runs a command to its end, also after Ctrl-C: the command gets it too, and saves before it stops."""
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+
+
 def summary(seconds: float) -> str:
-    metrics = read_records(WORKDIR / "metrics.jsonl")
-    perplexity = series(metrics, "eval/perplexity")
+    perplexity = series(comparable(read_records(WORKDIR / "metrics.jsonl")), "eval/perplexity")
     (first_step, before), (last_step, after) = perplexity[0], perplexity[-1]
     passages = [sample["text"] for sample in read_records(WORKDIR / "samples.jsonl")[-3:]]
     lines = [

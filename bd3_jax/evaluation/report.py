@@ -8,7 +8,10 @@ from importlib import metadata
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
+from bd3_jax import config as settings
+from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 
 Series = list[tuple[float, float]]
@@ -36,14 +39,17 @@ def write_report(workdir: epath.Path) -> epath.Path:
     """Writes WORKDIR/report.html from the run's files and returns its path.
 
     Raises:
-      UserError: when the folder holds no metrics of a run.
+      UserError: when the folder does not hold the files of a run.
     """
     metrics = read_records(workdir / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
-    config = json.loads((workdir / "config.json").read_text())
+    try:
+        config = settings.from_config_dict(ConfigDict(json.loads((workdir / "config.json").read_text())))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{workdir / 'config.json'}, the settings of the run, cannot be read: {error}") from None
     samples = read_records(workdir / "samples.jsonl")
-    page = _page(workdir.name, config, metrics, samples)
+    page = _page(workdir.resolve().name, config, metrics, samples)
     path = workdir / "report.html"
     path.write_text(page)
     return path
@@ -70,12 +76,22 @@ def series(metrics: list[dict[str, Any]], name: str) -> Series:
     return [(step, value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
 
 
-def _page(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
-    block = f", block size {config['block_size']}" if config["objective"] == "bd3lm" else ""
-    title = f"{name}: {config['objective']}{block}, {config['data']['corpus']}"
+def comparable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the evaluations of other rows, or by another estimator, than the first: they belong to another curve."""
+    evaluations = [record for record in metrics if "eval/split" in record]
+
+    def kind(record: dict[str, Any]) -> list[Any]:
+        return [record.get(f"eval/{name}") for name in ("split", "sequences", "estimator")]
+
+    return [record for record in metrics if "eval/split" not in record or kind(record) == kind(evaluations[0])]
+
+
+def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
+    block = f", block size {config.block_size}" if config.objective == "bd3lm" else ""
+    title = f"{name}: {config.objective}{block}, {config.data.corpus}"
     charts = [
         _chart("Training loss, nats per token", series(metrics, "train/loss")),
-        _chart("Validation perplexity", series(metrics, "eval/perplexity")),
+        _chart("Validation perplexity", series(comparable(metrics), "eval/perplexity")),
         _chart("Gradient norm", series(metrics, "train/grad_norm")),
         _chart("Learning rate", series(metrics, "train/learning_rate")),
     ]
@@ -85,7 +101,7 @@ def _page(name: str, config: dict[str, Any], metrics: list[dict[str, Any]], samp
         f'<div class="charts">{"".join(charts)}</div>',
         "<h2>Samples</h2>",
         "".join(_sample(sample) for sample in samples[-8:]) or '<p class="soft">None yet: bd3 sample draws some.</p>',
-        f"<h2>Settings</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>",
+        f"<h2>Settings</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>",
         f'<p class="soft">{html.escape(_environment())}</p>',
     ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
