@@ -242,7 +242,6 @@ def _check(c: Config) -> None:
 
     require(c.data.vocab_size > 0, "data.vocab_size", c.data.vocab_size, "1 or more")
     require(c.data.corpus != "", "data.corpus", c.data.corpus, "the name of a corpus")
-    require(c.data.tokenizer != "", "data.tokenizer", c.data.tokenizer, "the name of a tokenizer")
     require(c.data.directory != "", "data.directory", c.data.directory, "a folder")
     require(c.eval.split != "", "eval.split", c.eval.split, "the name of a split")
 

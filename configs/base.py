@@ -49,7 +49,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 source="",  # file or folder already downloaded; empty: the corpus' usual place
                 field="",  # of records in jsonl and parquet files that holds the text; empty: the corpus' usual one
                 directory="data/wikipedia_summaries",  # where the prepared rows are written and read
-                tokenizer="bpe",  # a name from bd3_jax/data/tokenizers.py; empty: the corpus' usual one
+                tokenizer="",  # a name from bd3_jax/data/tokenizers.py, or a path; empty: the corpus' usual one
                 vocab_size=2000,  # of a tokenizer that is trained on the corpus
                 insert_special=False,  # BOS and EOS around every row
                 insert_eos=True,  # EOS after every document

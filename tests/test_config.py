@@ -86,7 +86,6 @@ IMPOSSIBLE = [
     (dict(noise__low=0.51, noise__high=0.52, noise__resample=True), "a range that holds k/16 for some k"),
     (dict(noise__schedule="cosine", noise__high=0.5), "config.noise.schedule is 'cosine'; allowed: loglinear"),
     (dict(data__corpus=""), "config.data.corpus"),
-    (dict(data__tokenizer=""), "config.data.tokenizer"),
     (dict(data__directory=""), "config.data.directory"),
     (dict(data__vocab_size=0), "config.data.vocab_size"),
     (dict(optimizer__learning_rate=0.0), "config.optimizer.learning_rate is 0.0; allowed: above 0"),
