@@ -8,10 +8,10 @@ from importlib import metadata
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from bd3_jax import config as settings
 from bd3_jax.config import Config
+from bd3_jax.configs import workdir as recorded
 from bd3_jax.errors import UserError
 
 Series = list[tuple[float, float]]
@@ -44,10 +44,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     metrics = read_records(workdir / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
-    try:
-        config = settings.from_config_dict(ConfigDict(json.loads((workdir / "config.json").read_text())))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / 'config.json'}, the settings of the run, cannot be read: {error}") from None
+    config = settings.from_config_dict(recorded.get_config(str(workdir)))
     samples = read_records(workdir / "samples.jsonl")
     page = _page(workdir.resolve().name, config, metrics, samples)
     path = workdir / "report.html"

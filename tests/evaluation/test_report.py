@@ -1,0 +1,97 @@
+"""The HTML page of a run: what it shows, that it needs no network, and that a run's text stays text."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from bd3_jax import config
+from bd3_jax.configs import base
+from bd3_jax.errors import UserError
+from bd3_jax.evaluation.report import _ticks, comparable, series, write_report
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Collects tags, links and text, and checks that tags close in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    settings = config.from_config_dict(base.get_config("bd3lm,block_size=4"))
+    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
+    metrics = [{"step": step, "train/loss": 7 - step / 100, "train/grad_norm": None} for step in range(0, 200, 10)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    sample = {"text": "<script>alert(1)</script> & more", "nfe": 3, "length": 9, "entropy": 1.25}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    return folder
+
+
+def test_page_is_well_formed_offline_and_escaped(run: Path) -> None:
+    page = Page(write_report(epath.Path(run)).read_text())
+    assert "a run: bd3lm, block size 4" in page.text
+    assert page.tags.count("svg") == 1  # a curve without a finite value is left out
+    assert "script" not in page.tags
+    assert "<script>alert(1)</script> & more" in page.text
+    assert "entropy 1.25" in page.text
+    assert not page.links
+
+
+def test_half_written_last_line_is_left_out(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 200, "train/lo')
+    assert "last 5.1" in Page(write_report(epath.Path(run)).read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", ""), ("config.json", "{}"), ("config.json", "[1]"), ("config.json", "{")]
+)
+def test_folder_that_is_no_run(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(UserError):
+        write_report(epath.Path(run))
+    assert not (run / "report.html").exists()
+
+
+def test_other_evaluations_belong_to_another_curve() -> None:
+    first = {"eval/split": "validation", "eval/sequences": 8, "eval/estimator": "exact", "eval/nll": 1.0}
+    records = [{"step": 0, **first}, {"step": 1, "train/loss": 2}, {"step": 2, **first, "eval/split": "test"}]
+    assert comparable(records) == records[:2]
+    assert series(comparable(records), "eval/nll") == [(0, 1.0)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 1e6), (1e-9, 2e-9), (6.2, 6.9), (0, 2400)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    ticks = _ticks(low, high)
+    assert 3 <= len(ticks) <= 9
+    assert all(low - 1e-9 * (high - low) <= tick <= high + 1e-9 * (high - low) for tick in ticks)
