@@ -51,6 +51,7 @@ class NoiseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    mode: Literal["prepared", "streaming"]
     corpus: str
     source: str
     field: str

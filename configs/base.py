@@ -45,6 +45,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 ignore_bos=True,  # position 0 is never masked and carries no loss
             ),
             data=dict(
+                mode="prepared",  # prepared: read rows of bd3 prepare; streaming: tokenise the corpus while reading
                 corpus="wikipedia_summaries",  # a row of bd3_jax/data/corpora.py
                 source="",  # file or folder already downloaded; empty: the corpus' usual place
                 field="",  # of records in jsonl and parquet files that holds the text; empty: the corpus' usual one

@@ -7,6 +7,7 @@ A checkpoint appears under its final name when it is complete, so an interrupted
 import dataclasses
 from typing import Any, Literal, TypeVar
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,16 +35,40 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
-        self._manager.save(step, args=items, force=True)
+    def save(
+        self, step: int, state: Any, position: dict[str, Any], stream: grain.DatasetIterator | None = None
+    ) -> None:
+        """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`.
 
-    def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """State and position; `abstract` has the shape, dtype and sharding of every array."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return restored.state, restored.position
+        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state.
+        """
+        items = {"state": ocp.args.StandardSave(state)}
+        if stream is not None:
+            items["stream"] = grain.checkpoint.CheckpointSave(stream)
+            position = position | {"hosts": jax.process_count()}
+        items["position"] = ocp.args.JsonSave(position)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(
+        self, step: int, abstract: State, stream: grain.DatasetIterator | None = None
+    ) -> tuple[State, dict[str, Any]]:
+        """State and position; `abstract` has the shape, dtype and sharding of every array. `stream` moves to its place.
+
+        Raises:
+          UserError: if `stream` was saved by another number of hosts.
+        """
+        items = ocp.args.Composite(position=ocp.args.JsonRestore())
+        position = self._manager.restore(step, args=items).position
+        restore = {"state": ocp.args.StandardRestore(abstract)}
+        if stream is not None:
+            if position["hosts"] != jax.process_count():
+                raise UserError(
+                    f"checkpoint {step} in {self._manager.directory} was saved by {position['hosts']} hosts, each with "
+                    f"its own place in the stream, but there are {jax.process_count()}; allowed: as many as before "
+                    "(or a run with data.mode = 'prepared', which any number of hosts can continue)"
+                )
+            restore["stream"] = grain.checkpoint.CheckpointRestore(stream)
+        return self._manager.restore(step, args=ocp.args.Composite(**restore)).state, position
 
     def close(self) -> None:
         """Waits until everything is written."""

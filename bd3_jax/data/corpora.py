@@ -5,7 +5,8 @@ To add a corpus, add a row to `CORPORA`.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -96,6 +97,12 @@ class Corpus:
             cut.append(dataclasses.replace(shard, cuts=(*current, *later)))
             first += size
         return cut
+
+
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """Sha256 (hex) of names and sizes of the files, and of what belongs to which split."""
+    inputs = [[shard.cuts, shard.size, [path.name for path in shard.files]] for shard in shards]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def split_by_hash(document: str) -> str:

@@ -1,4 +1,4 @@
-"""Prepared rows -> batches, through Grain.
+"""Prepared rows -> batches, through Grain; with `data.mode = 'streaming'`, what `streaming.py` makes instead.
 
 Training reads one endless sequence of rows: epoch after epoch, each in an order of its own that follows from the seed.
 Row n of it is the same for any number of hosts and threads, so the number of rows consumed is the whole state of the
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
+from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
 
@@ -35,6 +36,15 @@ class Dataset:
     tokenizer: Tokenizer
     rows: Any  # TFDS data source: rows[i]["tokens"] [L]; rows.__getitems__ reads several at once
 
+    @property
+    def settings(self) -> RowSettings:
+        return self.manifest.settings
+
+    @property
+    def place(self) -> str:
+        """Where the rows come from, for messages."""
+        return str(self.directory)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -44,6 +54,11 @@ class Dataset:
         for place, row in enumerate(self.rows.__getitems__(list(indices))):
             rows[place] = row["tokens"]
         return rows
+
+
+def open_data(data: DataConfig, length: int, split: str) -> Dataset | Stream:
+    """Opens a split in the way that `data.mode` says. Raises UserError as `open_dataset` and `open_stream` do."""
+    return (open_stream if data.mode == "streaming" else open_dataset)(data, length, split)
 
 
 def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
@@ -101,15 +116,24 @@ def train_batches(
     return iter(grain.MapDataset.range(start_row, sys.maxsize, batch_size).map(read).to_iter_dataset(_READ_OPTIONS))
 
 
+def count_batches(dataset: Dataset | Stream, batch_size: int, num_batches: int) -> int | None:
+    """How many batches `eval_batches` gives; None where it is not known before."""
+    if isinstance(dataset, Stream):
+        return num_batches or None
+    count = -(-len(dataset) // batch_size)
+    return min(count, num_batches) if num_batches else count
+
+
 def eval_batches(
-    dataset: Dataset, batch_size: int, num_batches: int
+    dataset: Dataset | Stream, batch_size: int, num_batches: int
 ) -> Iterator[tuple[Int32[np.ndarray, "b L"], Bool[np.ndarray, " b"]]]:
     """The first `num_batches` batches in order (0: all), each with what is a row and what only fills the last batch.
 
     All batches have the same shape; filling rows repeat the last row and are to be left out of every count.
     """
-    count = -(-len(dataset) // batch_size)
-    count = min(count, num_batches) if num_batches else count
+    if isinstance(dataset, Stream):
+        return stream_eval_batches(dataset, batch_size, num_batches)
+    count = count_batches(dataset, batch_size, num_batches)
 
     def read(batch: int) -> tuple[Int32[np.ndarray, "b L"], Bool[np.ndarray, " b"]]:
         indices = np.arange(batch * batch_size, (batch + 1) * batch_size)

@@ -19,7 +19,6 @@ bytes.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import tempfile
 from typing import Any
@@ -28,7 +27,7 @@ from etils import epath
 from tqdm import tqdm
 
 from bd3_jax.config import DataConfig
-from bd3_jax.data.corpora import Corpus, Shard, get_corpus
+from bd3_jax.data.corpora import Corpus, Shard, fingerprint, get_corpus
 from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest, save_lengths
 from bd3_jax.data.rows import shard_path, write_metadata
 from bd3_jax.data.tasks import MalformedCount, Report, Task, documents_of, run_parallel, write_json
@@ -108,11 +107,7 @@ def _prepare(unfinished: epath.Path, data: DataConfig, settings: RowSettings, wo
 
 def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -> None:
     """Makes the folder, or makes sure that what lies there was begun from the same settings and files."""
-    inputs = [[shard.cuts, shard.size, [path.name for path in shard.files]] for shard in shards]
-    begun = {
-        "settings": dataclasses.asdict(settings),
-        "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
-    }
+    begun = {"settings": dataclasses.asdict(settings), "inputs": fingerprint(shards)}
     marker = unfinished / "begun.json"
     advice = "delete that folder to start over"
     if marker.exists():

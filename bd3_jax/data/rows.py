@@ -15,7 +15,7 @@ from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts
 from bd3_jax.data.tokenizers import SpecialIds, Tokenizer
 from bd3_jax.errors import UserError
 
-_BATCH_CHARACTERS = 2**20  # of documents that are tokenised at once
+BATCH_CHARACTERS = 2**20  # of documents that are tokenised at once
 
 
 def pack(
@@ -28,6 +28,25 @@ def pack(
     if insert_special:
         rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (ids.bos, ids.eos)))
     return rows, stream[count * body :]
+
+
+class Packer:
+    """Documents -> rows, the same for the same documents however they come in batches."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: RowSettings, rest: Sequence[int] = ()):
+        """`rest`: tokens left from the documents before."""
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self.rest: Int[np.ndarray, " rest"] = np.array(rest, np.int32)
+
+    def pack(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "rows L"], list[int]]:
+        """The rows that are full now, and the number of tokens of every text without EOS."""
+        ids, settings = self._tokenizer.ids, self._settings
+        eos = [ids.eos] if settings.insert_eos else []
+        encoded = self._tokenizer.encode_batch(texts)
+        tokens = [np.array(tokens + eos, np.int32) for tokens in encoded]
+        rows, self.rest = pack(np.concatenate([self.rest, *tokens]), settings.length, ids, settings.insert_special)
+        return rows, [len(tokens) for tokens in encoded]
 
 
 class RowWriter:
@@ -43,18 +62,17 @@ class RowWriter:
         with _writing(path):
             self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # one row a read, as Grain wants it
         self._features = _features(settings.length, tokenizer.ids)
-        self._tokenizer = tokenizer
-        self._settings = settings
+        self._packer = Packer(tokenizer, settings)
+        self._eos = int(settings.insert_eos)
         self._texts: list[str] = []
         self._characters = 0
-        self._rest = np.zeros(0, np.int32)
         self.lengths: collections.Counter[int] = collections.Counter()  # of documents, in tokens without EOS
         self._counts = SplitCounts(0, 0, 0, 0)
 
     def add(self, text: str) -> None:
         self._texts.append(text)
         self._characters += len(text)
-        if self._characters >= _BATCH_CHARACTERS:
+        if self._characters >= BATCH_CHARACTERS:
             self._flush()
 
     def close(self) -> SplitCounts:
@@ -62,19 +80,16 @@ class RowWriter:
         with _writing(self._path):
             self._writer.close()
             self._temporary.replace(self._path)
-        return dataclasses.replace(self._counts, dropped=len(self._rest))
+        return dataclasses.replace(self._counts, dropped=len(self._packer.rest))
 
     def _flush(self) -> None:
-        ids, settings = self._tokenizer.ids, self._settings
-        eos = [ids.eos] if settings.insert_eos else []
-        encoded = self._tokenizer.encode_batch(self._texts)
-        self.lengths.update(map(len, encoded))
-        tokens = [np.array(tokens + eos, np.int32) for tokens in encoded]
-        rows, self._rest = pack(np.concatenate([self._rest, *tokens]), settings.length, ids, settings.insert_special)
+        rows, lengths = self._packer.pack(self._texts)
+        self.lengths.update(lengths)
         with _writing(self._path):
             for row in rows.astype(self._features["tokens"].np_dtype):
                 self._writer.write(self._features.serialize_example({"tokens": row}))
-        self._counts += SplitCounts(documents=len(tokens), tokens=sum(map(len, tokens)), rows=len(rows), dropped=0)
+        tokens = sum(lengths) + self._eos * len(lengths)
+        self._counts += SplitCounts(documents=len(lengths), tokens=tokens, rows=len(rows), dropped=0)
         self._texts, self._characters = [], 0
 
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config, EvalConfig
-from bd3_jax.data.pipeline import Dataset, eval_batches, open_dataset
+from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_data
+from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
@@ -128,13 +129,13 @@ def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[
 def evaluate_params(
     lm: LanguageModel,
     params: Params,
-    dataset: Dataset,
+    dataset: Dataset | Stream,
     config: EvalConfig,
     num_batches: int = 0,
     sharding: jax.sharding.NamedSharding | None = None,
     progress: bool = False,
 ) -> Result:
-    """Evaluates parameters on the first `num_batches` batches of a prepared split (0: all of it), without dropout.
+    """Evaluates parameters on the first `num_batches` batches of a split (0: all of it), without dropout.
 
     Batch i draws its noise from fold_in(config.seed, i), so the figures repeat; rows that pad the last batch do not
     count.
@@ -148,14 +149,13 @@ def evaluate_params(
       sharding: of the batches `[b, L]`, where params are spread over a mesh.
       progress: whether to show a bar.
     """
-    total = -(-len(dataset.rows) // config.batch_size)
     losses = sequence_losses(
         lm,
         params,
         tqdm(
             eval_batches(dataset, config.batch_size, num_batches),
             "evaluating",
-            min(num_batches, total) if num_batches else total,
+            count_batches(dataset, config.batch_size, num_batches),
             disable=not progress,
             leave=False,
         ),
@@ -168,8 +168,8 @@ def evaluate_params(
         lm.length,
         config.estimator,
         split=dataset.split,
-        insert_special=dataset.manifest.settings.insert_special,
-        insert_eos=dataset.manifest.settings.insert_eos,
+        insert_special=dataset.settings.insert_special,
+        insert_eos=dataset.settings.insert_eos,
     )
 
 
@@ -216,11 +216,11 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
       the record that was appended to `workdir/metrics.jsonl`: `step`, `eval/nll`, `eval/perplexity` and the like.
 
     Raises:
-      UserError: if there is no checkpoint or no prepared split, or they do not fit each other or the settings.
+      UserError: if there is no checkpoint or no such split, or they do not fit each other or the settings.
     """
     mesh = make_mesh(config.mesh)
     split_rows = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
-    dataset = open_dataset(config.data, config.model.length, config.eval.split)
+    dataset = open_data(config.data, config.model.length, config.eval.split)
     _check_tokenizer(dataset, workdir)
     lm = LanguageModel.from_config(config, dataset.tokenizer.ids)
     shardings = param_shardings(mesh, lm.network)
@@ -237,11 +237,11 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
     return record
 
 
-def _check_tokenizer(dataset: Dataset, workdir: epath.Path) -> None:
+def _check_tokenizer(dataset: Dataset | Stream, workdir: epath.Path) -> None:
     """Other tokens of the same number would give a figure all the same. A run without the folder has no checkpoint."""
     folder = workdir / "tokenizer"
     if folder.exists() and load_tokenizer(folder).fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
-            f"{dataset.directory} was prepared with another tokenizer than {workdir} was trained with; "
-            f"prepare it with --config.data.tokenizer={folder}"
+            f"{dataset.place} has another tokenizer than {workdir} was trained with; "
+            f"prepare or stream it with --config.data.tokenizer={folder}"
         )

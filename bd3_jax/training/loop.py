@@ -5,13 +5,14 @@ optimiser, warm-up, average and interval), else fresh parameters from the seed. 
 step continues with the same numbers as if it had not been.
 """
 
-import contextlib
 import dataclasses
 import functools
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
 from bd3_jax.config import Config
 from bd3_jax.data.manifest import is_prepared, load_manifest
-from bd3_jax.data.pipeline import Dataset, open_dataset, train_batches
+from bd3_jax.data.pipeline import Dataset, open_data, train_batches
+from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate_params
 from bd3_jax.language_model import LanguageModel
@@ -49,7 +51,7 @@ def train(config: Config, workdir: epath.Path) -> None:
     the first update, every `eval_every` and after the last one.
 
     Raises:
-      UserError: settings that do not fit the devices, the prepared data or the run in `workdir`.
+      UserError: settings that do not fit the devices, the data or the run in `workdir`.
       SystemExit: 130 after Ctrl-C, 143 after SIGTERM; the step is finished and saved before.
     """
     training, num_steps = config.training, config.training.num_steps
@@ -60,11 +62,16 @@ def train(config: Config, workdir: epath.Path) -> None:
     eval_sharding = sharding.batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
 
     # ---------------------------------------------------------------------------------------------------- data
-    dataset = open_dataset(config.data, config.model.length, "train")
-    validation = open_dataset(config.data, config.model.length, config.eval.split)
+    dataset = open_data(config.data, config.model.length, "train")
+    validation = open_data(config.data, config.model.length, config.eval.split)
+    host, hosts = jax.process_index(), jax.process_count()
+    stream: Any = None  # where rows are streamed, an iterator that carries its own position
+    if isinstance(dataset, Stream):
+        stream = stream_batches(dataset, training.batch_size, config.seed, host, hosts)
     newest = latest_step(workdir)
     if newest is not None:
-        _check_data(dataset, workdir)
+        if isinstance(dataset, Dataset):
+            _check_data(dataset, workdir)
         run_folder.check_continues(config, workdir)
         if newest >= num_steps:
             print(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
@@ -94,11 +101,12 @@ def train(config: Config, workdir: epath.Path) -> None:
     )
 
     # ---------------------------------------------------------------------------------------------- checkpoint
-    if jax.process_index() == 0:
+    if host == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         run_folder.write_config(config, workdir)
         dataset.tokenizer.save(workdir / "tokenizer")
-        dataset.manifest.save(workdir)
+        if isinstance(dataset, Dataset):
+            dataset.manifest.save(workdir)
     checkpoints = Checkpoints(workdir, training.keep_checkpoints)
     unrecorded: list[dict[str, Array | float]] = []  # metrics of the steps since the last record
     if initial is not None:
@@ -109,13 +117,13 @@ def train(config: Config, workdir: epath.Path) -> None:
     elif newest is None:
         state, start, rows = jax.jit(init, out_shardings=shardings)(), 0, 0
     else:
-        state, position = checkpoints.restore(newest, abstract)
+        state, position = checkpoints.restore(newest, abstract, stream)
         start, rows, unrecorded = newest, position["rows"], position["unrecorded"]
         print(f"{workdir}: continues after step {start} of {num_steps}")
 
     def save(step: int) -> None:
         values = [{name: float(value) for name, value in metrics.items()} for metrics in unrecorded]
-        checkpoints.save(step, state, {"rows": rows, "unrecorded": values})
+        checkpoints.save(step, state, {"rows": rows, "unrecorded": values}, stream)
 
     # ---------------------------------------------------------------------------------------------- validation
     log = MetricLog(workdir, keep=start if newest is not None else -1)
@@ -128,10 +136,11 @@ def train(config: Config, workdir: epath.Path) -> None:
         bar.write(f"step {step}: validation perplexity {result.perplexity:.2f} ({result.nll:.4f} nats per token)")
 
     # ---------------------------------------------------------------------------------------------------- loop
-    host, hosts = jax.process_index(), jax.process_count()
-    batches = train_batches(dataset, training.batch_size, config.seed, rows, host, hosts)
+    batches = stream
+    if isinstance(dataset, Dataset):
+        batches = train_batches(dataset, training.batch_size, config.seed, rows, host, hosts)
     bar = tqdm(desc="training", total=num_steps, initial=start, unit="step", disable=host != 0)
-    with _StopSignals() as stop, contextlib.closing(checkpoints), contextlib.closing(log), bar:
+    with _StopSignals() as stop, closing(checkpoints), closing(log), closing(batches), bar:
         if newest is None:
             validate(0)
         seconds, timed_steps = 0.0, 0
@@ -204,8 +213,8 @@ def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
     if not is_prepared(workdir):
         raise UserError(
-            f"{workdir} has a checkpoint but no manifest.json: it can be evaluated, not "
-            f"continued; a new run may start from it with --config.init_from={workdir}"
+            f"{workdir} has a checkpoint but no manifest.json, for it was not trained on prepared rows: it can be "
+            f"evaluated, not continued with them; a new run may start from it with --config.init_from={workdir}"
         )
     began_with, found = load_manifest(workdir), dataset.manifest
     for name, old, new in (

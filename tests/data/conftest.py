@@ -38,6 +38,7 @@ def corpus(tmp_path: Path, documents: list[str]) -> Path:
 @pytest.fixture
 def data(tmp_path: Path, corpus: Path) -> DataConfig:
     return DataConfig(
+        mode="prepared",
         corpus="files",
         source=str(corpus),
         field="",

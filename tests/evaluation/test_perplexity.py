@@ -112,7 +112,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(dataset, tmp_path):
     assert trained.ids == other.ids
     trained.save(epath.Path(tmp_path) / "tokenizer")
     perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=trained), epath.Path(tmp_path))
-    with pytest.raises(UserError, match=r"nowhere was prepared with another tokenizer.*--config.data.tokenizer="):
+    with pytest.raises(UserError, match=r"nowhere has another tokenizer.*--config.data.tokenizer="):
         perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=other), epath.Path(tmp_path))
 
 
