@@ -20,9 +20,9 @@ from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.metrics import append_metrics
 from bd3_jax.models.transformer import Params
-from bd3_jax.training.logging import append_record
-from bd3_jax.training.sharding import batch_sharding, make_mesh, param_shardings
+from bd3_jax.sharding import batch_sharding, make_mesh, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,12 +228,12 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
 
     first = jax.process_index() == 0
     result = evaluate_params(lm, params, dataset, config.eval, sharding=split_rows, progress=first)
+    record = {"step": step, **result.record()}
     if first:
         print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
         if not lm.is_exact:
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
-    record = {"step": step, **result.record()}
-    append_record(workdir, record)
+        append_metrics(workdir, record)
     return record
 
 

@@ -13,6 +13,7 @@ from bd3_jax import config as settings
 from bd3_jax.config import Config
 from bd3_jax.configs import workdir as recorded
 from bd3_jax.errors import UserError
+from bd3_jax.metrics import read_metrics, read_records
 
 Series = list[tuple[float, float]]
 
@@ -41,7 +42,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     Raises:
       UserError: when the folder does not hold the files of a run.
     """
-    metrics = read_records(workdir / "metrics.jsonl")
+    metrics = read_metrics(workdir)
     if not metrics:
         raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
     config = settings.from_config_dict(recorded.get_config(str(workdir)))
@@ -50,21 +51,6 @@ def write_report(workdir: epath.Path) -> epath.Path:
     path = workdir / "report.html"
     path.write_text(page)
     return path
-
-
-def read_records(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none where there is no file. A last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-    return records
 
 
 def series(metrics: list[dict[str, Any]], name: str) -> Series:

@@ -1,16 +1,12 @@
 """Metrics of a run: `metrics.jsonl`, one object a record, and TensorBoard."""
 
-import json
-import math
 from typing import Any
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from bd3_jax.evaluation.report import read_records
-
-FILE_NAME = "metrics.jsonl"
+from bd3_jax.metrics import append_metrics, drop_after
 
 
 class MetricLog:
@@ -25,13 +21,13 @@ class MetricLog:
         self._workdir = workdir
         self._board = None
         if jax.process_index() == 0:
-            _drop_after(workdir / FILE_NAME, keep)
+            drop_after(workdir, keep)
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=keep + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a record; `values` has flat names such as train/loss. TensorBoard takes the numbers among them."""
-        append_record(self._workdir, {"step": step, **values})
         if self._board is not None:
+            append_metrics(self._workdir, {"step": step, **values})
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._board.add_scalar(name, value, step)
@@ -39,19 +35,3 @@ class MetricLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def append_record(workdir: epath.Path, record: dict[str, Any]) -> None:
-    """Appends a line to the run's metrics; a number that is not finite becomes null, since JSON has none."""
-    if jax.process_index() == 0:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with (workdir / FILE_NAME).open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-
-
-def _drop_after(path: epath.Path, step: int) -> None:
-    kept = [record for record in read_records(path) if record["step"] <= step]
-    if path.exists():
-        temporary = path.parent / f"{FILE_NAME}.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(path)

@@ -22,6 +22,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
+from bd3_jax import sharding
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
 from bd3_jax.config import Config
@@ -31,10 +32,17 @@ from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate_params
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.training import sharding
 from bd3_jax.training.initial import open_initial
 from bd3_jax.training.logging import MetricLog
-from bd3_jax.training.state import TrainState, init_state, learning_rate, make_optimizer, start_state, update_ema
+from bd3_jax.training.state import (
+    TrainState,
+    init_state,
+    learning_rate,
+    make_optimizer,
+    shard_state,
+    start_state,
+    update_ema,
+)
 
 # Streams of random numbers that follow from the seed.
 _INIT, _TRAIN = 0, 1
@@ -85,7 +93,7 @@ def train(config: Config, workdir: epath.Path) -> None:
     optimizer = make_optimizer(config.optimizer, num_steps)
     rate = learning_rate(config.optimizer, num_steps)
     init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
-    abstract = sharding.shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     # Each parameter goes from the file to its shards, before anything is written.
     initial = None if source is None else source.load(model.network.abstract_params(), shardings.params)

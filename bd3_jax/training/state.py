@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import Config, OptimizerConfig
 from bd3_jax.models.transformer import Network, Params
+from bd3_jax.sharding import param_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +53,23 @@ def start_state(optimizer: optax.GradientTransformation, config: Config, params:
         opt_state=optimizer.init(params),
         low=jnp.float32(config.noise.low),
         high=jnp.float32(config.noise.high),
+    )
+
+
+def shard_state(
+    mesh: Mesh, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The abstract state with shardings: average and moments lie as the parameters do, scalars are everywhere."""
+    shardings, everywhere = param_shardings(mesh, network), NamedSharding(mesh, PartitionSpec())
+
+    def place(array: jax.ShapeDtypeStruct, own: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own)
+
+    return dataclasses.replace(
+        jax.tree.map(place, abstract),
+        params=jax.tree.map(place, abstract.params, shardings),
+        ema=jax.tree.map(place, abstract.ema, shardings),
+        opt_state=optax.tree.map_params(optimizer, place, abstract.opt_state, shardings, transform_non_params=place),
     )
 
 

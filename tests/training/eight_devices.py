@@ -1,4 +1,4 @@
-"""Run by test_sharding.py with 8 devices: eight_devices.py FOLDER MESH... prints what each mesh computes, as JSON.
+"""Run by test_meshes.py with 8 devices: eight_devices.py FOLDER MESH... prints what each mesh computes, as JSON.
 
 A mesh of fewer devices than there are takes the first of them.
 """
@@ -13,13 +13,13 @@ import numpy as np
 import optax
 from etils import epath
 
+from bd3_jax import sharding
 from bd3_jax.config import MeshConfig, from_config_dict
 from bd3_jax.configs import workdir
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.training import sharding
 from bd3_jax.training.loop import make_update
-from bd3_jax.training.state import init_state, make_optimizer
+from bd3_jax.training.state import init_state, make_optimizer, shard_state
 
 STEPS = 4
 
@@ -40,7 +40,7 @@ def run(config, model, dataset, name):
         mesh = sharding.make_mesh(shape)
     optimizer = make_optimizer(config.optimizer, STEPS)
     init = functools.partial(init_state, model.network, optimizer, config, jax.random.key(1))
-    abstract = sharding.shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     state = jax.jit(init, out_shardings=shardings)()
     # The output layer starts at 0 and would hide the gradients behind it.

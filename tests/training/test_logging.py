@@ -1,43 +1,28 @@
-"""Records of a run: what is written, and what a resumed run keeps."""
+"""Records of a run while it trains: what a resumed run keeps, and what TensorBoard gets."""
 
-import json
 import struct
 
 from tensorboardX.proto.event_pb2 import Event
 
-from bd3_jax.training.logging import MetricLog, append_record
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_records_are_one_object_a_line(tmp_path):
-    log = MetricLog(tmp_path, keep=-1)
-    log.write(1, {"train/loss": 2.5})
-    log.write(2, {"train/loss": float("nan"), "eval/split": "validation"})
-    log.close()
-    assert records(tmp_path) == [
-        {"step": 1, "train/loss": 2.5},
-        {"step": 2, "train/loss": None, "eval/split": "validation"},
-    ]
+from bd3_jax.metrics import append_metrics, read_metrics
+from bd3_jax.training.logging import MetricLog
 
 
 def test_a_resumed_run_repeats_no_step(tmp_path):
     for step in range(5):
-        append_record(tmp_path, {"step": step, "train/loss": 1.0})
+        append_metrics(tmp_path, {"step": step, "train/loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "train/lo')  # killed while it wrote
     log = MetricLog(tmp_path, keep=2)
     log.write(3, {"train/loss": 2.0})
     log.close()
-    assert [(r["step"], r["train/loss"]) for r in records(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+    assert [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
 
 
 def test_a_fresh_run_keeps_nothing(tmp_path):
-    append_record(tmp_path, {"step": 0})
+    append_metrics(tmp_path, {"step": 0})
     MetricLog(tmp_path, keep=-1).close()
-    assert records(tmp_path) == []
+    assert read_metrics(tmp_path) == []
 
 
 def test_tensorboard_has_the_numbers(tmp_path):

@@ -1,18 +1,15 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
-import dataclasses
 import math
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from bd3_jax.config import MeshConfig
 from bd3_jax.errors import UserError
 from bd3_jax.models.transformer import Network, Params
-from bd3_jax.training.state import TrainState
 
 # Logical axis of an array -> mesh axes that split it. A dimension whose size they do not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -70,23 +67,6 @@ def param_shardings(mesh: Mesh, network: Network) -> Params:
     """A sharding for every parameter."""
     return jax.tree.map(
         lambda array, logical: spec(mesh, logical, array.shape), network.abstract_params(), network.logical_axes()
-    )
-
-
-def shard_state(
-    mesh: Mesh, network: Network, optimizer: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """The abstract state with shardings: average and moments lie as the parameters do, scalars are everywhere."""
-    shardings, everywhere = param_shardings(mesh, network), NamedSharding(mesh, PartitionSpec())
-
-    def place(array: jax.ShapeDtypeStruct, own: NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own)
-
-    return dataclasses.replace(
-        jax.tree.map(place, abstract),
-        params=jax.tree.map(place, abstract.params, shardings),
-        ema=jax.tree.map(place, abstract.ema, shardings),
-        opt_state=optax.tree.map_params(optimizer, place, abstract.opt_state, shardings, transform_non_params=place),
     )
 
 

@@ -1,0 +1,98 @@
+"""Records of a run: files of JSON lines, one object each. `metrics.jsonl` holds those of training and evaluation."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from bd3_jax.errors import UserError
+from bd3_jax.folders import writing
+
+FILE_NAME = "metrics.jsonl"
+
+Record = dict[str, Any]
+
+
+def read_records(path: epath.Path) -> list[Record]:
+    """The objects of a file; none where there is no file. A last line cut short by a kill is left out.
+
+    Raises:
+      UserError: naming another line that is no object.
+    """
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    if wrong := [record for record in records if not isinstance(record, dict)]:
+        raise UserError(f"{path}: found {wrong[0]!r}; allowed: an object a line")
+    return records
+
+
+def read_metrics(workdir: epath.Path) -> list[Record]:
+    """The records of a run, each with its `step`; none where there is no file.
+
+    Raises:
+      UserError: the file is damaged, or no run's.
+    """
+    path = workdir / FILE_NAME
+    records = read_records(path)
+    for record in records:
+        if type(record.get("step")) is not int:
+            raise UserError(f"{path}: the record {json.dumps(record)[:80]} has no step, so it is not one of a run")
+    return records
+
+
+def append_metrics(workdir: epath.Path, record: Record) -> None:
+    """Appends a line to the metrics of a run; a number that is not finite becomes null, since JSON has none.
+
+    What a kill left of a last line goes first.
+
+    Raises:
+      UserError: the file cannot be written, or is no run's.
+    """
+    path = workdir / FILE_NAME
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with writing(path):
+        if not _is_whole(path):
+            _write(path, read_metrics(workdir))
+        with path.open("a") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def drop_after(workdir: epath.Path, step: int) -> None:
+    """Drops the records of later steps, and what a kill left of a last line.
+
+    Raises:
+      UserError: the file cannot be written, or is no run's.
+    """
+    path = workdir / FILE_NAME
+    if path.exists():
+        kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+        with writing(path):
+            _write(path, kept)
+
+
+def _is_whole(path: epath.Path) -> bool:
+    """Whether the last line has its end."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        return file.read(1) in (b"", b"\n")
+
+
+def _write(path: epath.Path, records: Sequence[Record]) -> None:
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(path)

@@ -1,0 +1,48 @@
+"""The rules on meshes of any size, without devices."""
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from bd3_jax import sharding
+from bd3_jax.config import MeshConfig
+from bd3_jax.errors import UserError
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("logical", "shape", "wanted"),
+    [
+        (("embed", "vocab"), (64, 128), ("fsdp", "tensor")),
+        (("layers", "embed", None, "heads", None), (3, 64, 3, 4, 16), (None, "fsdp", None, "tensor", None)),
+        (("vocab", "embed"), (2001, 64), (None, "fsdp")),  # 2001 is odd
+        (("batch", None), (8, 16), (("data", "fsdp"), None)),
+        (("batch", None), (4, 16), (None, None)),  # 2 * 4 does not divide 4
+        (("cond", None, "embed"), (16, 6, 2), (None, None, None)),
+        ((), (), ()),
+    ],
+)
+def test_rules(logical, shape, wanted):
+    assert sharding.spec(abstract_mesh(2, 4, 2), logical, shape).spec == PartitionSpec(*wanted)
+
+
+def test_every_logical_axis_has_a_rule(toy_lm):
+    is_names = lambda leaf: isinstance(leaf, tuple)
+    names = jax.tree.leaves(toy_lm("sedd").network.logical_axes(), is_leaf=is_names)
+    assert {name for axes in names for name in axes} <= {None, *sharding.RULES}
+
+
+def test_a_mesh_that_is_not_all_devices_is_refused():
+    count = jax.device_count()
+    assert sharding.make_mesh(MeshConfig(-1, 1, 1)).size == count
+    for config in (MeshConfig(-1, count + 1, 1), MeshConfig(count + 1, 1, 1), MeshConfig(count, 1, 2)):
+        with pytest.raises(UserError, match=rf"config.mesh.data, fsdp, tensor are {config.data}, .* {count}, "):
+            sharding.make_mesh(config)
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    with pytest.raises(UserError, match=r"config.training.batch_size is 12; allowed: a multiple of 8"):
+        sharding.batch_sharding(abstract_mesh(4, 2, 1), 12, "config.training.batch_size")
