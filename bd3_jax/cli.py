@@ -22,18 +22,25 @@ class Verb(NamedTuple):
 def prepare(argv: Sequence[str]) -> None:
     """Turns a corpus into rows of tokens.
 
-    bd3 prepare --config=FILE.py[:STRING] [--config.data.NAME=VALUE ...] [--workers=N] [--strict]
+    bd3 prepare --config=FILE.py[:STRING] [--config.data.NAME=VALUE ...] [--workers=N | --beam=OPTIONS] [--strict]
 
     --workers: processes; with 1, the default, one process tokenises in all cores
+    --beam: on many machines, through Apache Beam; see bd3_jax/data/beam.py for Dataflow, Flink and Spark
     --strict: a record without text is an error; else it is left out and counted
     """
     values = flags.FlagValues()
     flags.DEFINE_integer("workers", 1, "processes", flag_values=values)
+    flags.DEFINE_string("beam", None, "Apache Beam's options", flag_values=values)
     flags.DEFINE_boolean("strict", False, "a record without text is an error", flag_values=values)
     config = command_line.parse(argv, values, usage=prepare.__doc__ or "")
     from bd3_jax.data.prepare import prepare as prepare_rows
 
-    prepare_rows(config.data, config.model.length, values.workers, values.strict)
+    execute = None
+    if values.beam is not None:
+        from bd3_jax.data.beam import run_on_beam
+
+        execute = partial(run_on_beam, options=values.beam)
+    prepare_rows(config.data, config.model.length, values.workers, values.strict, execute)
 
 
 def inspect(argv: Sequence[str]) -> None:

@@ -60,8 +60,8 @@ def test_prepare_needs_no_workdir(calls):
     assert cli.main(["prepare", CONFIG, "--config.data.directory=rows"]) == 0
     assert cli.main(["prepare", CONFIG, "--workers=3", "--strict"]) == 0
     name, data, *arguments = calls[0]
-    assert (name, data.directory, *arguments) == ("prepare", "rows", 128, 1, False)
-    assert calls[1][2:] == (128, 3, True)
+    assert (name, data.directory, *arguments) == ("prepare", "rows", 128, 1, False, None)
+    assert calls[1][2:] == (128, 3, True, None)
 
 
 @pytest.mark.parametrize("form", [["--config", "configs/quickstart.py"], ["-config=configs/quickstart.py"]])

@@ -18,9 +18,9 @@ bytes.
 """
 
 import dataclasses
-import functools
 import json
 import tempfile
+from functools import partial, reduce
 from typing import Any
 
 from etils import epath
@@ -30,13 +30,15 @@ from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import Corpus, Shard, fingerprint, get_corpus
 from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest, save_lengths
 from bd3_jax.data.rows import shard_path, write_metadata
-from bd3_jax.data.tasks import MalformedCount, Report, Task, documents_of, run_parallel, write_json
+from bd3_jax.data.tasks import Execute, MalformedCount, Report, Task, documents_of, run_here, write_json
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import TRAINED, Tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
 
 
-def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = False) -> Manifest:
+def prepare(
+    data: DataConfig, length: int, workers: int = 1, strict: bool = False, execute: Execute | None = None
+) -> Manifest:
     """Prepares the corpus that `data` names as rows of `length` tokens, unless that is done already.
 
     Prints the licence and the counts of every split.
@@ -46,6 +48,7 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
       length: L.
       workers: processes; with 1, this process tokenises in all cores.
       strict: a record that holds no text is an error; else it is left out and counted.
+      execute: runs the tasks elsewhere, in place of `workers` processes.
 
     Raises:
       UserError: unknown corpus, missing or malformed source, too little text for a row, a full disk, or a folder in the
@@ -75,7 +78,7 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
         manifest.settings.require(settings, unfinished, "delete that folder to start over")
     else:
         try:
-            manifest = _prepare(unfinished, data, settings, workers, strict)
+            manifest = _prepare(unfinished, data, settings, execute or partial(run_here, workers=workers), strict)
         except OSError as error:
             raise UserError(f"data.directory is {data.directory!r}, where preparing failed: {error}") from None
     for leftover in (*unfinished.glob("shard-*.json"), *unfinished.glob("begun.json")):
@@ -87,7 +90,9 @@ def prepare(data: DataConfig, length: int, workers: int = 1, strict: bool = Fals
     return manifest
 
 
-def _prepare(unfinished: epath.Path, data: DataConfig, settings: RowSettings, workers: int, strict: bool) -> Manifest:
+def _prepare(
+    unfinished: epath.Path, data: DataConfig, settings: RowSettings, execute: Execute, strict: bool
+) -> Manifest:
     corpus = dataclasses.replace(get_corpus(data.corpus), field=settings.field)
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -97,7 +102,7 @@ def _prepare(unfinished: epath.Path, data: DataConfig, settings: RowSettings, wo
         _begin(unfinished, settings, shards)
         try:
             tokenizer = _tokenizer(unfinished / "tokenizer", corpus, shards, settings, strict)
-            results = _write_shards(unfinished, corpus, shards, settings, workers, strict)
+            results = _write_shards(unfinished, corpus, shards, settings, execute, strict)
         except UserError:
             if not any(unfinished.glob("shard-*.json")):
                 unfinished.rmtree()
@@ -146,7 +151,7 @@ def _tokenizer(
 
 
 def _write_shards(
-    unfinished: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings, workers: int, strict: bool
+    unfinished: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings, execute: Execute, strict: bool
 ) -> list[dict[str, Any]]:
     """Writes the shards that are missing; returns the result of every shard, in order."""
     totals = {split: sum(split in shard.splits for shard in shards) for shard in shards for split in shard.splits}
@@ -160,12 +165,8 @@ def _write_shards(
     missing = [task for task in tasks if not task.result.exists()]
     with _progress_bar("tokenising", shards) as bar:
         bar.update(sum(task.shard.size for task in tasks) - sum(task.shard.size for task in missing))
-        report = _report_to(bar)
-        if workers == 1:
-            for task in missing:
-                task.run(report)
-        elif missing:
-            run_parallel(missing, min(workers, len(missing)), report)
+        if missing:
+            execute(missing, _report_to(bar))
     return [json.loads(task.result.read_text()) for task in tasks]
 
 
@@ -182,7 +183,7 @@ def _finish(
         licence=corpus.licence,
         fingerprint=tokenizer.fingerprint,
         ids=tokenizer.ids,
-        splits={split: functools.reduce(SplitCounts.__add__, parts) for split, parts in counts.items()},
+        splits={split: reduce(SplitCounts.__add__, parts) for split, parts in counts.items()},
         malformed=sum(result["malformed"] for result in results),
         first_malformed=next((result["first"] for result in results if result["first"]), ""),
     )

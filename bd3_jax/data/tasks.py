@@ -45,15 +45,22 @@ class Task:
         write_json(self.result, result)
 
 
-def run_parallel(tasks: list[Task], workers: int, report: Report) -> None:
-    """Runs every task in one of `workers` processes.
+Execute = Callable[[list[Task], Report], None]  # runs all tasks
+
+
+def run_here(tasks: list[Task], report: Report, workers: int) -> None:
+    """Runs every task in one of `workers` processes; with 1, in this one.
 
     Raises:
       UserError: the first of a task, or that a process was killed. Tasks that are running then are finished.
     """
+    if workers == 1:
+        for task in tasks:
+            task.run(report)
+        return
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
     progress = context.Array("q", 2)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (progress,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (progress,)) as pool:
         pending = {pool.submit(_run_in_worker, task) for task in tasks}
         try:
             while pending:
