@@ -1,7 +1,6 @@
 """An objective bound to a network: what a checkpoint is a model of. Training, evaluation and sampling start from it."""
 
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from bd3_jax.config import Config, NoiseConfig
 from bd3_jax.diffusion import likelihood
 from bd3_jax.models.transformer import Network, Params
-
-
-class SpecialIds(Protocol):
-    """What the tokenizer says: `vocab_size` is V, the mask token included."""
-
-    @property
-    def bos(self) -> int: ...
-    @property
-    def eos(self) -> int: ...
-    @property
-    def mask(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
+from bd3_jax.special_ids import SpecialIds
 
 
 @dataclasses.dataclass(frozen=True)

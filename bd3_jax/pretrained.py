@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from bd3_jax.checkpoints.published import TOKENIZERS, Architecture
 from bd3_jax.checkpoints.source import Source, Weights, open_source
 from bd3_jax.config import SAMPLERS, Config, ModelConfig, from_config_dict
-from bd3_jax.data.tokenizers import SpecialIds, Tokenizer, load_tokenizer
+from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, sequence_losses
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling.run import Sample, draw
 from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.special_ids import SpecialIds
 
 BERT_VOCABULARY, BERT_CLS, BERT_MASK = 30522, 101, 103
 

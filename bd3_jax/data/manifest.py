@@ -13,8 +13,9 @@ from etils import epath
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import get_corpus
-from bd3_jax.data.tokenizers import TRAINED, SpecialIds
+from bd3_jax.data.tokenizers import TRAINED
 from bd3_jax.errors import UserError
+from bd3_jax.special_ids import SpecialIds
 
 FILE_NAME = "manifest.json"
 LENGTHS = "lengths.json"

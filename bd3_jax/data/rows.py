@@ -12,8 +12,9 @@ from etils import epath
 from jaxtyping import Int
 
 from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts
-from bd3_jax.data.tokenizers import SpecialIds, Tokenizer
+from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.special_ids import SpecialIds
 
 BATCH_CHARACTERS = 2**20  # of documents that are tokenised at once
 

@@ -27,6 +27,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_jax.errors import UserError
+from bd3_jax.special_ids import SpecialIds
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
@@ -36,19 +37,6 @@ TRAINED = "bpe"
 # Names under which BOS and EOS, and the mask, are known; the first that a vocabulary has is taken.
 _BOS_EOS = ((END_OF_TEXT, END_OF_TEXT), ("[BOS]", "[EOS]"), ("<s>", "</s>"), ("<bos>", "<eos>"), ("[CLS]", "[CLS]"))
 _MASKS = (MASK, "<mask>", "<|mask|>")
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialIds:
-    """Ids with a meaning of their own, all in [0, vocab_size).
-
-    `vocab_size` is V: the tokenizer's vocabulary plus the mask token if it has none of its own; then mask = V - 1.
-    """
-
-    bos: int
-    eos: int
-    mask: int
-    vocab_size: int
 
 
 class Tokenizer:
@@ -84,9 +72,9 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of `ids`. Special tokens (the mask as `[MASK]` if it has no name) stay unless skipped."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included (the mask as `[MASK]` if it has no name)."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, directory: epath.PathLike) -> None:
         """Writes `tokenizer.json` into `directory`, from where `load_tokenizer` reads it."""
