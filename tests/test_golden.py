@@ -81,7 +81,7 @@ def test_sampling_mode_with_a_cache(golden, name):
     def step(params, block, cache):
         hidden, kv = network.decode(params, block, cache)
         output = objectives.subs_log_probs(network.unembed(params, hidden), block, case.lm.ids.mask)
-        return output, cache.append(kv, jnp.ones(len(x), bool))
+        return output, cache.append(kv)
 
     cache, outputs = network.init_cache(len(x), x.shape[1]), []
     for start in range(0, x.shape[1], block_size):
@@ -98,7 +98,7 @@ def test_autoregressive(golden, backend):
     @jax.jit
     def run(params):
         logits = lm.network.unembed(params, lm.hidden(params, case["x0"], None))
-        return logits, objectives.ar_log_probs(logits, lm.ids.mask), lm.token_losses(params, case["x0"], None)
+        return logits, objectives.log_probs_without_mask(logits, lm.ids.mask), lm.token_losses(params, case["x0"], None)
 
     logits, log_probs, losses = run(case.params)
     case.agree(logits, "logits")

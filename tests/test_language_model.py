@@ -33,7 +33,7 @@ def next_token_nll(lm, params, x0, cached):
             current = jnp.full((len(x0), 1), mask)
             hidden, _ = network.decode(params, current, cache)
             _, kv = network.decode(params, jax.lax.dynamic_slice_in_dim(x0, position, 1, axis=1), cache)
-            cache = cache.append(kv, jnp.ones(len(x0), bool))
+            cache = cache.append(kv)
         else:
             context = jnp.where(jnp.arange(lm.length) < position, x0, mask)
             hidden = network.apply(params, context, 1)[:, position][:, None]

@@ -2,7 +2,7 @@
 
 | objective | parameterisation | loss |
 | --- | --- | --- |
-| AR | `ar_log_probs` | `ar_loss` |
+| AR | `log_probs_without_mask` | `ar_loss` |
 | MDLM, BD3-LM | SUBS: `subs_log_probs` | `subs_loss` |
 | SEDD (absorbing) | score entropy: `sedd_log_score` | `sedd_loss` |
 
@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def _log_softmax_without_mask(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n V"]:
-    """The mask is never predicted: its logit is -inf."""
+def log_probs_without_mask(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n V"]:
+    """Log-softmax in which the mask, which no model predicts, has -inf.
+
+    It is log p(x_{i+1} | x_{<=i}) of AR, and log p(x0 | x_t) of SUBS at masked positions.
+    """
     return jax.nn.log_softmax(logits.at[..., mask_id].set(-jnp.inf), axis=-1)
 
 
@@ -24,19 +27,14 @@ def _pick(values: Float[Array, "*n V"], ids: Int[Array, "*n"]) -> Float[Array, "
     return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
 
 
-def ar_log_probs(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n V"]:
-    """log p(x_{i+1} | x_{<=i}); the mask's is -inf."""
-    return _log_softmax_without_mask(logits, mask_id)
-
-
 def ar_loss(logits: Float[Array, "*n V"], targets: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n"]:
     """-log p(target)."""
-    return -_pick(ar_log_probs(logits, mask_id), targets)
+    return -_pick(log_probs_without_mask(logits, mask_id), targets)
 
 
 def subs_log_probs(logits: Float[Array, "*n V"], xt: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n V"]:
     """log p(x0 | x_t) under SUBS (MDLM, section 3.2.3): zero masking probability, and unmasked tokens carried over."""
-    log_probs = _log_softmax_without_mask(logits, mask_id)
+    log_probs = log_probs_without_mask(logits, mask_id)
     carried = jnp.where(jnp.arange(logits.shape[-1]) == xt[..., None], 0.0, -jnp.inf)
     return jnp.where((xt == mask_id)[..., None], log_probs, carried)
 
@@ -45,7 +43,7 @@ def subs_loss(
     logits: Float[Array, "*n V"], x0: Int[Array, "*n"], xt: Int[Array, "*n"], weight: Float[Array, "*n"], mask_id: int
 ) -> Float[Array, "*n"]:
     """weight * -log p(x0) at masked positions, 0 at the others (Block Diffusion, eq. 8; MDLM, eq. 10)."""
-    nll = -_pick(_log_softmax_without_mask(logits, mask_id), x0)
+    nll = -_pick(log_probs_without_mask(logits, mask_id), x0)
     return jnp.where(xt == mask_id, weight * nll, 0.0)
 
 

@@ -99,7 +99,7 @@ def _likelihood_pass(
     """Logits, what the objective makes of them, and the loss of every token."""
     logits, mask = lm.network.unembed(params, lm.hidden(params, x0, draw)), lm.ids.mask
     if draw is None:
-        output = objectives.ar_log_probs(logits, mask)
+        output = objectives.log_probs_without_mask(logits, mask)
     elif lm.objective == "sedd":
         sigma = jnp.broadcast_to(draw.sigma, draw.xt.shape)
         output = objectives.sedd_log_score(logits, draw.xt, sigma, mask)

@@ -34,26 +34,21 @@ class KVCache:
         """Which slots hold a token."""
         return jnp.arange(self.keys.shape[3])[None, :] < self.length[:, None]
 
-    def append(self, block: KVBlock, where: Bool[Array, "b"]) -> "KVCache":
-        """Stores a finished block for the sequences in `where`, in place of the oldest block once the ring is full.
+    def append(self, block: KVBlock) -> "KVCache":
+        """Stores a finished block of every sequence, in place of its oldest block once the ring is full.
 
         The block size must divide the capacity S. S = 0 (one block is the whole context) keeps nothing.
         """
         capacity, size = self.keys.shape[3], block.keys.shape[3]
-        length = self.length + jnp.where(where, size, 0)
+        length = self.length + size
         if capacity == 0:
             return KVCache(self.keys, self.values, length)
         if capacity % size:
             raise ValueError(f"the block size {size} must divide the cache's capacity {capacity}")
         start = self.length % capacity
 
-        def store(
-            ring: Float[Array, "layers h S k"], new: Float[Array, "layers h B k"], at: Array, keep: Array
-        ) -> Array:
-            old = jax.lax.dynamic_slice_in_dim(ring, at, size, axis=2)
-            return jax.lax.dynamic_update_slice_in_dim(ring, jnp.where(keep, new, old), at, axis=2)
+        def store(ring: Float[Array, "layers h S k"], new: Float[Array, "layers h B k"], at: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(ring, new, at, axis=2)
 
-        over_batch = jax.vmap(store, in_axes=(1, 1, 0, 0), out_axes=1)
-        keys = over_batch(self.keys, block.keys, start, where)
-        values = over_batch(self.values, block.values, start, where)
-        return KVCache(keys, values, length)
+        over_batch = jax.vmap(store, in_axes=(1, 1, 0), out_axes=1)
+        return KVCache(over_batch(self.keys, block.keys, start), over_batch(self.values, block.values, start), length)

@@ -295,15 +295,16 @@ class Network:
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros((batch,), jnp.int32))
 
     def decode(
-        self, params: Params, tokens: Int[Array, "b B"], cache: KVCache, sigma: Float[Array, "b"] | None = None
+        self, params: Params, tokens: Int[Array, "b B"], cache: KVCache
     ) -> tuple[Float[Array, "b B d"], KVBlock]:
         """Hidden states of the current block, which sees all of itself and the cache, and its keys and values.
 
-        The cache is not changed: `KVCache.append` stores the block once its tokens are final.
+        The cache is not changed: `KVCache.append` stores the block once its tokens are final. For networks that are
+        not conditioned on time.
         """
         transformer, dtype = self._merge(params), self.dtype
         x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(dtype)[None]
-        cond = self._cond(transformer, sigma, dtype)
+        cond = self._cond(transformer, None, dtype)
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
         rotary = (cos[:, None], sin[:, None])  # broadcast over heads

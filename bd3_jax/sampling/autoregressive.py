@@ -31,7 +31,7 @@ def cached(network: Network, params: Params, batch: int, capacity: int) -> Conte
     def read(cache: Any, canvas: Array, position: Array) -> tuple[Array, Any]:
         newest = jax.lax.dynamic_slice_in_dim(canvas, position, 1, axis=1)
         hidden, block = network.decode(params, newest, cache)
-        return hidden[:, 0], cache.append(block, jnp.ones((batch,), bool))
+        return hidden[:, 0], cache.append(block)
 
     return Context(network.init_cache(batch, capacity), read)
 

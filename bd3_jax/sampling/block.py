@@ -75,7 +75,7 @@ def cached(network: Network, params: Params, batch: int, capacity: int) -> Conte
     return Context(
         network.init_cache(batch, capacity),
         lambda cache, canvas, start, tokens: network.decode(params, tokens, cache)[0],
-        lambda cache, tokens: cache.append(network.decode(params, tokens, cache)[1], jnp.ones((batch,), bool)),
+        lambda cache, tokens: cache.append(network.decode(params, tokens, cache)[1]),
     )
 
 

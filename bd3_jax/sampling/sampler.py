@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,12 @@ from bd3_jax.sampling import analytic, autoregressive, block
 from bd3_jax.sampling.block import Layout, Samples
 from bd3_jax.sampling.nucleus import nucleus
 from bd3_jax.sampling.updates import Ancestral, FirstHitting, Update
+
+# What fills a block of MDLM or BD3-LM, made from T.
+UPDATES: dict[str, Callable[[int], Update]] = {
+    "first_hitting": lambda num_steps: FirstHitting(),
+    "ancestral": Ancestral,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Sampler:
     def log_probs(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n V"]:
         """What AR and SUBS models draw from: temperature, then nucleus. The mask is never drawn."""
         logits = self.model.network.unembed(params, hidden) / self.temperature
-        return nucleus(objectives.ar_log_probs(logits, self.model.ids.mask), self.nucleus)
+        return nucleus(objectives.log_probs_without_mask(logits, self.model.ids.mask), self.nucleus)
 
     @functools.partial(jax.jit, static_argnums=0)
     def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
@@ -115,7 +121,7 @@ class Sampler:
                 else autoregressive.windowed(network, params, window)
             )
             return autoregressive.sample(tokens_seen, log_probs, mask, keys, canvas)
-        update: Update = FirstHitting() if self.name == "first_hitting" else Ancestral(self.num_steps)
+        update = UPDATES[self.name](self.num_steps)
         blocks_seen = (
             block.cached(network, params, batch, window - block_size)
             if self.kv_cache and block_size < self.model.length

@@ -2,7 +2,7 @@
 
 An update decides which positions to unmask and asks the model about them. It sees the model as two functions, so
 that it fits any network, or a table in a test. To add one, write a class with `init` and `step`, and name it in
-`sampler.py` and in `config.SamplerName`.
+`sampler.UPDATES`, `config.SamplerName` and `config.SAMPLERS`.
 """
 
 import dataclasses

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,31 +25,29 @@ def contents(cache, row):
     return keys.tolist()
 
 
-def test_sequences_grow_at_their_own_pace():
-    cache = empty(6)
-    cache = cache.append(block([1, 2]), jnp.array([True, True]))
-    cache = cache.append(block([3, 4]), jnp.array([False, True]))
-    cache = cache.append(block([5, 6]), jnp.array([True, False]))
-    assert contents(cache, 0) == [1, 2, 5, 6]
-    assert contents(cache, 1) == [1, 2, 3, 4]
-    assert cache.length.tolist() == [4, 4]
+def test_every_sequence_has_a_place_of_its_own():
+    cache = empty(6).append(block([1, 2]))
+    cache = dataclasses.replace(cache, length=jnp.array([2, 0])).append(block([3, 4]))
+    assert contents(cache, 0) == [1, 2, 3, 4]
+    assert contents(cache, 1) == [3, 4]
+    assert cache.length.tolist() == [4, 2]
 
 
 def test_the_oldest_block_is_overwritten():
-    cache, append = empty(6), jax.jit(KVCache.append)
+    cache, append = dataclasses.replace(empty(6), length=jnp.array([0, 2])), jax.jit(KVCache.append)
     for n in range(5):
-        cache = append(cache, block([2 * n, 2 * n + 1]), jnp.array([True, n < 2]))
+        cache = append(cache, block([2 * n, 2 * n + 1]))
     assert contents(cache, 0) == [6, 7, 8, 9, 4, 5]
-    assert contents(cache, 1) == [0, 1, 2, 3]
-    assert cache.length.tolist() == [10, 4]
+    assert contents(cache, 1) == [4, 5, 6, 7, 8, 9]
+    assert cache.length.tolist() == [10, 12]
 
 
 def test_no_capacity_keeps_nothing():
-    cache = empty(0).append(block([1, 2]), jnp.array([True, True]))
+    cache = empty(0).append(block([1, 2]))
     assert cache.valid.shape == (2, 0)
     assert cache.length.tolist() == [2, 2]
 
 
 def test_a_block_that_would_wrap_around_is_refused():
     with pytest.raises(ValueError, match="4 must divide the cache's capacity 6"):
-        empty(6).append(block([1, 2, 3, 4]), jnp.array([True, True]))
+        empty(6).append(block([1, 2, 3, 4]))
