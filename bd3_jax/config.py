@@ -269,7 +269,7 @@ def _check(c: Config) -> None:
         at_least(1, f"sampling.{name}")
     at_least(2, "sampling.max_length")
     require(0 < s.nucleus <= 1, "sampling.nucleus", s.nucleus, "0 < P <= 1")
-    require(s.temperature > 0, "sampling.temperature", s.temperature, "above 0")
+    require(s.temperature >= 1e-3, "sampling.temperature", s.temperature, "1e-3 or more")
 
     for name in ("fsdp", "tensor"):
         at_least(1, f"mesh.{name}")

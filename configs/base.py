@@ -90,7 +90,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 max_length=1024,  # tokens per sample, the prompt and BOS included
                 num_steps=1000,  # T of the ancestral and analytic samplers; per block for bd3lm
                 nucleus=nucleus,  # P: draw from the smallest set that holds this much probability
-                temperature=1.0,
+                temperature=1.0,  # divides the logits; 1e-3 or more
                 kv_cache=True,  # keep keys and values of finished blocks (ar, bd3lm)
                 seed=0,
                 weights="ema",  # ema or raw

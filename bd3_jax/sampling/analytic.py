@@ -20,7 +20,11 @@ MAX_SCORES = 2**24
 
 
 def score(log_score: Float[Array, "*n V"], p: float) -> Float[Array, "*n V"]:
-    """The ratios p_t(y) / p_t(x_t); with nucleus P < 1 all V of them are normalised and filtered like probabilities."""
+    """The ratios p_t(y) / p_t(x_t); with nucleus P < 1 all V of them are normalised and filtered like probabilities.
+
+    So P = 1 is not the limit of P < 1: there the ratios keep their scale, which the steps depend on. That is how the
+    authors' implementation drew the published samples.
+    """
     if p == 1:
         return jnp.exp(log_score)
     return jnp.exp(nucleus(jax.nn.log_softmax(log_score, axis=-1), p))

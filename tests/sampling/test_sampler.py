@@ -153,6 +153,9 @@ def test_temperature_and_nucleus(make):
     np.testing.assert_allclose(np.exp(sampler.log_probs(params, hidden)), expected, rtol=1e-4, atol=1e-7)
     greedy = dataclasses.replace(sampler, nucleus=GREEDY).log_probs(params, hidden)
     np.testing.assert_array_equal(np.exp(greedy), np.eye(11)[expected.argmax(-1)])
+    coldest = dataclasses.replace(sampler, temperature=1e-3).log_probs(params, 100 * hidden)
+    np.testing.assert_array_equal(np.exp(coldest).argmax(-1), expected.argmax(-1))
+    np.testing.assert_allclose(np.exp(coldest).sum(-1), 1, rtol=1e-5)
 
 
 def test_chunks_of_the_vocabulary_do_not_matter(make, monkeypatch):
