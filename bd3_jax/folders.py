@@ -9,8 +9,6 @@ from etils import epath
 
 from bd3_jax.errors import UserError
 
-_LOCK = ".lock"
-
 
 def require_writable(folder: epath.Path, setting: str) -> None:
     """Raises UserError, naming `setting`, where a local `folder` is a file or cannot be written; makes nothing."""
@@ -24,45 +22,44 @@ def require_writable(folder: epath.Path, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: epath.Path, setting: str) -> Iterator[None]:
-    """Keeps other processes that ask for the same out of `folder`, which is made; it goes again if nothing is in it.
+def alone(lock: epath.Path, refusal: str) -> Iterator[None]:
+    """Holds the local file `lock`, so that a second process that asks for it is refused.
 
-    Only of local folders: elsewhere there are no locks.
+    File and folder are made, and go again at the end, the folder if nothing else is in it. An abrupt end frees the lock
+    too. Where the path or its file system knows no locks, nobody is refused.
 
     Raises:
-      UserError: naming `setting`, where it cannot be written or is taken.
+      UserError: `refusal`, where another process holds it; or it cannot be written.
     """
-    require_writable(folder, setting)
-    if "://" in str(folder):
+    if "://" in str(lock):
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / _LOCK
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    made = [folder for folder in lock.parents if not folder.exists()]
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _take(lock, path, f"{setting} is {str(folder)!r}, where another process is at work; allowed: another, or later")
+        _take(held, lock, refusal)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            for empty in made:
-                if empty.exists() and not any(empty.iterdir()):
-                    empty.rmdir()
+            lock.unlink(missing_ok=True)
+            for folder in made:
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
     finally:
-        os.close(lock)
+        os.close(held)
 
 
-def _take(lock: int, path: epath.Path, refusal: str) -> None:
+def _take(held: int, lock: epath.Path, refusal: str) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(refusal) from None
     except OSError:  # a file system without locks
         return
     # Whoever held it may have removed the file since it was opened.
-    if not path.exists() or not os.path.samestat(os.fstat(lock), os.stat(path)):
+    if not lock.exists() or not os.path.samestat(os.fstat(held), os.stat(lock)):
         raise UserError(refusal)
 
 

@@ -80,7 +80,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 num_batches=100,  # of a validation during training; 0: the whole split, as --mode=eval always reads it
                 estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
                 seed=0,
-                weights="ema",  # ema or raw
+                weights="ema",  # ema or raw, in --mode=eval; a validation during training always takes ema
             ),
             sampling=dict(
                 sampler=sampler,  # first_hitting or ancestral (mdlm, bd3lm), analytic (sedd), autoregressive (ar)

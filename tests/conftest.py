@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the authors' golden numbers and small models."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -148,3 +149,14 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Confi
 
     prepare(build("ar").data, build("ar").model.length)
     return build
+
+
+@pytest.fixture
+def files_in() -> Callable[[Path], dict[str, str]]:
+    """Name and sha256 of every file in a folder."""
+
+    def files(folder: Path) -> dict[str, str]:
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+    return files

@@ -4,7 +4,12 @@ A checkpoint appears under its final name when it is complete, so an interrupted
 `WORKDIR/config.json` beside them says what they are checkpoints of.
 """
 
+import contextlib
 import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 import grain
@@ -21,6 +26,9 @@ from bd3_jax.errors import UserError
 
 State = TypeVar("State")
 FOLDER = "checkpoints"
+
+# Orbax logs the tracebacks of all threads in which a save failed, and raises the exception besides.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class Checkpoints:
@@ -41,13 +49,17 @@ class Checkpoints:
         """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`.
 
         `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state.
+
+        Raises:
+          UserError: the disk is full, or the like; it may be the one before that could not be written.
         """
         items = {"state": ocp.args.StandardSave(state)}
         if stream is not None:
             items["stream"] = grain.checkpoint.CheckpointSave(stream)
             position = position | {"hosts": jax.process_count()}
         items["position"] = ocp.args.JsonSave(position)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._saving():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
         self, step: int, abstract: State, stream: grain.DatasetIterator | None = None
@@ -71,8 +83,24 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**restore)).state, position
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.close()
+        """Waits until everything is written. Raises UserError as `save` does."""
+        with self._saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # TensorStore's errors are ValueErrors that end in the system's number.
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if isinstance(error, ValueError) and not number:
+                raise
+            reason = os.strerror(int(number[1])) if number else error
+            raise UserError(
+                f"cannot write a checkpoint in {self._manager.directory}: {reason}; the last complete one is "
+                f"{self._manager.latest_step()}, from which the same command continues"
+            ) from error
 
 
 def latest_step(workdir: epath.Path) -> int | None:

@@ -8,6 +8,9 @@ from etils import epath
 
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
+from bd3_jax.folders import writing
+from bd3_jax.metrics import FILE_NAME as METRICS
+from bd3_jax.metrics import read_metrics
 
 FILE_NAME = "config.json"
 
@@ -25,8 +28,33 @@ _ARCHITECTURE = (
 
 def write_config(config: Config, workdir: epath.Path) -> None:
     temporary = workdir / f"{FILE_NAME}.tmp"
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.replace(workdir / FILE_NAME)
+    with writing(workdir / FILE_NAME):
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        temporary.replace(workdir / FILE_NAME)
+
+
+def check_begins(config: Config, workdir: epath.Path) -> None:
+    """Raises UserError where beginning a run in `workdir`, which has no checkpoint, would write over something.
+
+    It may begin where no file of a run is. It may begin again where the same run (see `check_continues`) was stopped
+    before its first checkpoint was complete, since it writes the same records once more. That is so if the metrics end
+    by the time that the second checkpoint was due, for each is written while training goes on, and the next waits for
+    it. Metrics of later steps had a checkpoint, which somebody has taken away.
+    """
+    path = workdir / FILE_NAME
+    if path.exists():
+        check_continues(config, workdir)
+        every = _settings(path)["training.checkpoint_every"]
+        last = max((record["step"] for record in read_metrics(workdir)), default=0)
+        if last > 2 * every:
+            raise UserError(
+                f"{workdir} has metrics up to step {last} but no checkpoint to continue from; allowed: put its "
+                "checkpoints/ back, or choose another --workdir"
+            )
+    elif found := [name for name in (METRICS, "manifest.json", "tokenizer") if (workdir / name).exists()]:
+        raise UserError(
+            f"{workdir} has {found[0]} but no {FILE_NAME}, so it is not the folder of a run; choose another --workdir"
+        )
 
 
 def check_continues(config: Config, workdir: epath.Path) -> None:
@@ -43,14 +71,19 @@ def check_architecture(config: Config, workdir: epath.Path) -> None:
 
 def _compare(config: Config, workdir: epath.Path, names: Iterable[str], advice: str) -> None:
     path = workdir / FILE_NAME
-    try:
-        found = dict(_flatten(json.loads(path.read_text())))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from error
+    found = _settings(path)
     wanted = dict(_flatten(config.to_dict()))
     for name in names:
         if found.get(name) != wanted[name]:
             raise UserError(f"config.{name} is {wanted[name]!r}, but {path} has {found.get(name)!r}; {advice}")
+
+
+def _settings(path: epath.Path) -> dict[str, Any]:
+    """Dotted name -> value."""
+    try:
+        return dict(_flatten(json.loads(path.read_text())))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from error
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_dat
 from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.metrics import append_metrics
 from bd3_jax.models.transformer import Params
@@ -218,6 +219,7 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: if there is no checkpoint or no such split, or they do not fit each other or the settings.
     """
+    require_writable(workdir, "--workdir")
     mesh = make_mesh(config.mesh)
     split_rows = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
     dataset = open_data(config.data, config.model.length, config.eval.split)

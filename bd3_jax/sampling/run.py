@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config, SamplingConfig
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3_jax.folders import require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling import statistics
@@ -66,6 +67,7 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
     Raises:
       UserError: if there is no checkpoint, or it cannot do what is asked.
     """
+    require_writable(workdir, "--workdir")
     params, step = orbax.restore_params(config, workdir, config.sampling.weights)
     tokenizer = load_tokenizer(workdir / "tokenizer")
     sampler = Sampler.from_config(LanguageModel.from_config(config, tokenizer.ids), config.sampling)
@@ -76,10 +78,11 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
     path, kept = workdir / FILE_NAME, None
     with tqdm(total=config.sampling.num_samples, unit=" samples", file=sys.stderr) as progress:
         for batch in draw(config.sampling, sampler, params, row, tokenizer, step):
-            if not samples:
-                kept = _make_way(path)
-            with path.open("a") as file:
-                file.writelines(json.dumps(dataclasses.asdict(drawn)) + "\n" for drawn in batch)
+            with writing(path):
+                if not samples:
+                    kept = _make_way(path)
+                with path.open("a") as file:
+                    file.writelines(json.dumps(dataclasses.asdict(drawn)) + "\n" for drawn in batch)
             for drawn in batch:
                 progress.write(f"{drawn.headline()}\n{drawn.text}\n", file=sys.stdout)
             progress.update(len(batch))

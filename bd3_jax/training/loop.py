@@ -5,12 +5,13 @@ optimiser, warm-up, average and interval), else fresh parameters from the seed. 
 step continues with the same numbers as if it had not been.
 """
 
+import collections
 import dataclasses
 import functools
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -25,12 +26,14 @@ from tqdm import tqdm
 from bd3_jax import sharding
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
+from bd3_jax.checkpoints.source import read_config
 from bd3_jax.config import Config
 from bd3_jax.data.manifest import is_prepared, load_manifest
 from bd3_jax.data.pipeline import Dataset, open_data, train_batches
 from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate_params
+from bd3_jax.folders import alone, require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.training.initial import open_initial
 from bd3_jax.training.logging import MetricLog
@@ -59,9 +62,17 @@ def train(config: Config, workdir: epath.Path) -> None:
     the first update, every `eval_every` and after the last one.
 
     Raises:
-      UserError: settings that do not fit the devices, the data or the run in `workdir`.
+      UserError: settings that do not fit the devices, the data or the run in `workdir`; a folder that cannot be
+        written, in which another process trains, or which holds other things.
       SystemExit: 130 after Ctrl-C, 143 after SIGTERM; the step is finished and saved before.
     """
+    require_writable(workdir, "--workdir")
+    busy = f"--workdir is {str(workdir)!r}, where another process is training; allowed: another folder, or later"
+    with alone(workdir / ".lock", busy) if jax.process_index() == 0 else nullcontext():
+        _train(config, workdir)
+
+
+def _train(config: Config, workdir: epath.Path) -> None:
     training, num_steps = config.training, config.training.num_steps
 
     # ---------------------------------------------------------------------------------------------------- mesh
@@ -84,6 +95,9 @@ def train(config: Config, workdir: epath.Path) -> None:
         if newest >= num_steps:
             print(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
+        _tell_rate(config, workdir, newest)
+    else:
+        run_folder.check_begins(config, workdir)
 
     # --------------------------------------------------------------------------------------------------- model
     model = LanguageModel.from_config(config, dataset.tokenizer.ids)
@@ -110,15 +124,15 @@ def train(config: Config, workdir: epath.Path) -> None:
 
     # ---------------------------------------------------------------------------------------------- checkpoint
     if host == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        run_folder.write_config(config, workdir)
-        dataset.tokenizer.save(workdir / "tokenizer")
-        if isinstance(dataset, Dataset):
-            dataset.manifest.save(workdir)
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            run_folder.write_config(config, workdir)
+            dataset.tokenizer.save(workdir / "tokenizer")
+            if isinstance(dataset, Dataset):
+                dataset.manifest.save(workdir)
     checkpoints = Checkpoints(workdir, training.keep_checkpoints)
     unrecorded: list[dict[str, Array | float]] = []  # metrics of the steps since the last record
     if initial is not None:
-        # Donated, so that parameters and average share no memory.
         begin = jax.jit(functools.partial(start_state, optimizer, config), donate_argnums=0, out_shardings=shardings)
         state, start, rows = begin(initial), 0, 0
         print(f"{workdir}: starts from the weights of {config.init_from}")
@@ -147,6 +161,7 @@ def train(config: Config, workdir: epath.Path) -> None:
     batches = stream
     if isinstance(dataset, Dataset):
         batches = train_batches(dataset, training.batch_size, config.seed, rows, host, hosts)
+    in_flight: collections.deque[Metrics] = collections.deque()
     bar = tqdm(desc="training", total=num_steps, initial=start, unit="step", disable=host != 0)
     with _StopSignals() as stop, closing(checkpoints), closing(log), closing(batches), bar:
         if newest is None:
@@ -158,7 +173,9 @@ def train(config: Config, workdir: epath.Path) -> None:
             state, metrics = update(state, batch)
             rows += training.batch_size
             unrecorded.append(metrics)
-            jax.block_until_ready(unrecorded[-1 - _IN_FLIGHT :][0])
+            in_flight.append(metrics)
+            if len(in_flight) > _IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
             last = step == num_steps or stop.signal != 0
 
             values = None
@@ -233,6 +250,17 @@ def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
             raise UserError(
                 f"the {name} in {dataset.directory} is not the one that {workdir} began with: found {new}, wanted {old}"
             )
+
+
+def _tell_rate(config: Config, workdir: epath.Path, step: int) -> None:
+    """Says what another number of steps does to the learning rate of a run that is continued."""
+    before, now = read_config(workdir).training.num_steps, config.training.num_steps
+    if config.optimizer.decay == "cosine" and now != before:
+        was, rate = (float(learning_rate(config.optimizer, steps)(step)) for steps in (before, now))
+        print(
+            f"{workdir}: the learning rate goes on at {rate:.3g} instead of {was:.3g}, "
+            f"since its cosine now ends at step {now} instead of {before}"
+        )
 
 
 class _StopSignals:

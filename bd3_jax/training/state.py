@@ -49,7 +49,7 @@ def start_state(optimizer: optax.GradientTransformation, config: Config, params:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=params,
+        ema=jax.tree.map(jnp.copy, params),  # never the same buffer: each is updated in place
         opt_state=optimizer.init(params),
         low=jnp.float32(config.noise.low),
         high=jnp.float32(config.noise.high),

@@ -1,6 +1,8 @@
 """Checkpoints: what comes back, what is kept, and what is refused."""
 
+import contextlib
 import dataclasses
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,22 @@ def test_what_is_saved_is_the_state_at_that_time(tmp_path):
     restored, _ = checkpoints.restore(0, jax.eval_shape(lambda: {"x": jnp.zeros((512, 1024))}))
     checkpoints.close()
     assert (restored["x"] == 0).all()
+
+
+def test_a_full_disk_is_one_line(run, tmp_path, capfd):
+    """Whatever the save or the wait for it finds; what was complete before stays."""
+    checkpoints, state = Checkpoints(tmp_path, keep=5), {"x": jax.random.normal(jax.random.key(0), (512, 512))}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # no file may be larger
+    try:
+        with pytest.raises(UserError, match=r"cannot write a checkpoint in .*: File too large; the last .* is 3, from"):
+            [checkpoints.save(step, state, {}, None) for step in (4, 5)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        with contextlib.suppress(UserError):
+            checkpoints.close()
+    assert latest_step(tmp_path) == 3
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_unfinished_save_is_not_read(run):

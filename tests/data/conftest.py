@@ -1,8 +1,6 @@
 """A small corpus in the native format of `files`, and the settings that prepare it."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,14 +57,3 @@ def three_files(data, tmp_path, documents, monkeypatch):
         (tmp_path / "corpus" / f"{n}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents[n::3]))
     monkeypatch.setattr("bd3_jax.data.corpora.SHARD_BYTES", 1)
     return data
-
-
-@pytest.fixture
-def files_in() -> Callable[[Path], dict[str, str]]:
-    """Name and sha256 of every file in a folder."""
-
-    def files(folder: Path) -> dict[str, str]:
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
-
-    return files

@@ -1,9 +1,12 @@
 """Records of a run while it trains: what a resumed run keeps, and what TensorBoard gets."""
 
+import resource
 import struct
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from bd3_jax.errors import UserError
 from bd3_jax.metrics import append_metrics, read_metrics
 from bd3_jax.training.logging import MetricLog
 
@@ -37,3 +40,17 @@ def test_tensorboard_has_the_numbers(tmp_path):
         content = content[16 + size :]
     scalars = {(event.step, value.tag): value.simple_value for event in events for value in event.summary.value}
     assert scalars == {(7, "train/loss"): 2.5, (7, "eval/tokens"): 12}
+
+
+def test_a_full_disk_is_one_line_and_the_end(tmp_path):
+    """TensorBoard's file cannot grow, the records can."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
+    log = MetricLog(tmp_path, keep=-1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*tensorboard: File too large"):
+            [log.write(step, {"train/loss": 1.0}) for step in range(200)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        log.close()

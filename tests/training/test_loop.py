@@ -1,15 +1,23 @@
 """Training runs: what they leave, and that an interrupted one continues as if nothing had happened."""
 
+import dataclasses
 import json
+import math
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import latest_step, restore_params
 from bd3_jax.data.pipeline import train_batches
 from bd3_jax.errors import UserError
+from bd3_jax.evaluation.perplexity import evaluate
+from bd3_jax.folders import alone
+from bd3_jax.sampling.run import sample
 from bd3_jax.training import loop
 from bd3_jax.training.loop import train
 from tests.training.runs import records
@@ -112,6 +120,87 @@ def test_data_prepared_anew_is_refused(uninterrupted, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"the training split in .* is not the one that .* began with"):
         train(config, copy)
+
+
+@pytest.fixture
+def lost(uninterrupted, tmp_path):
+    """The run with all but its checkpoints, and its file names and contents."""
+    config, workdir = uninterrupted
+    copy = tmp_path / "lost"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    return config, copy
+
+
+def test_a_run_that_lost_its_checkpoints_is_left_alone(lost, files_in):
+    config, workdir = lost
+    often = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint_every=2))
+    run_folder.write_config(often, workdir)  # so that step 6 was long after a checkpoint
+    before = files_in(workdir)
+    with pytest.raises(UserError, match=r"has metrics up to step 6 but no checkpoint to continue from"):
+        train(config, workdir)
+    assert files_in(workdir) == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(lost, uninterrupted):
+    config, workdir = lost
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:9])
+    train(config, workdir)
+    assert records(workdir) == records(uninterrupted[1])
+
+
+def test_two_trainings_do_not_share_a_folder(tiny_config, tmp_path):
+    config = tiny_config("bd3lm,block_size=4", **EVERY)
+    with (
+        alone(epath.Path(tmp_path / "run" / ".lock"), ""),
+        pytest.raises(UserError, match=r"--workdir is '.*run', where another process is training"),
+    ):
+        train(config, epath.Path(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_found_before_anything_is_compiled(tiny_config, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    for program in (train, evaluate, sample):
+        with pytest.raises(UserError, match=r"--workdir is '.*run', but .*run is a file"):
+            program(tiny_config("bd3lm,block_size=4"), epath.Path(tmp_path / "run"))
+    assert capsys.readouterr().out == ""
+
+
+def test_more_steps_under_a_cosine_change_the_rate(tiny_config, tmp_path, capsys):
+    """Warm-up of 4; update 6 is the 2nd of 8 - 4 that fall, where it was the 2nd of 6 - 4."""
+    cosine = {"optimizer.decay": "cosine"}
+    run_folder.write_config(tiny_config("ar", **cosine), tmp_path)
+    loop._tell_rate(tiny_config("ar", **cosine), tmp_path, 5)
+    assert capsys.readouterr().out == ""
+    loop._tell_rate(tiny_config("ar", **cosine, **{"training.num_steps": 8}), tmp_path, 5)
+    rates = [1e-3 * (1 + math.cos(math.pi * done)) / 2 for done in (1 / 4, 1 / 2)]
+    assert f"goes on at {rates[0]:.3g} instead of {rates[1]:.3g}" in capsys.readouterr().out
+    run_folder.write_config(tiny_config("ar"), tmp_path)
+    loop._tell_rate(tiny_config("ar", **{"training.num_steps": 8}), tmp_path, 5)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_host_stays_ahead_of_the_device(uninterrupted, tmp_path, monkeypatch):
+    """It waits for a step when two more are on their way, records or not."""
+    config, _ = uninterrupted
+    read, waits = [], []
+
+    def count(*args):
+        for batch in train_batches(*args):
+            read.append(batch)
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", count)
+    monkeypatch.setattr(
+        jax, "block_until_ready", lambda metrics: waits.append((len(read), float(metrics["train/loss"])))
+    )
+    train(config, tmp_path)
+    assert [steps for steps, _ in waits] == [3, 4, 5, 6]
+    losses = records(tmp_path)
+    assert [np.mean([loss for _, loss in waits[i : i + 2]]) for i in (0, 2)] == pytest.approx(
+        [losses[step, "train/loss"] for step in (2, 4)]
+    )
 
 
 def test_mistakes_leave_nothing_behind(tiny_config, tmp_path):

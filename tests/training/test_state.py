@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from bd3_jax.config import OptimizerConfig
-from bd3_jax.training.state import init_state, learning_rate, make_optimizer, update_ema
+from bd3_jax.training.state import init_state, learning_rate, make_optimizer, start_state, update_ema
 
 NUM_STEPS = 30
 
@@ -87,6 +87,15 @@ def test_ema_agrees_with_the_authors():
 def test_ema_decay(n, max_decay, decay):
     average = update_ema({"x": jnp.zeros(())}, {"x": jnp.ones(())}, jnp.int32(n), max_decay)
     np.testing.assert_allclose(average["x"], 1 - decay, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: jax.jit(f, donate_argnums=0)])
+def test_parameters_and_average_share_no_memory(tiny_config, wrap):
+    config = tiny_config("ar")
+    params = {"a": jnp.ones((3, 4)), "b": {"c": jnp.zeros(5)}}
+    state = wrap(lambda params: start_state(make_optimizer(config.optimizer, 10), config, params))(params)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.ema))]
+    assert len(set(buffers)) == 4
 
 
 def test_state_starts_anew(tiny_config, toy_lm):

@@ -1,0 +1,75 @@
+"""Folders that are written: what is refused before anything happens, and that two processes keep apart."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from bd3_jax.errors import UserError
+from bd3_jax.folders import alone, require_writable, writing
+
+
+@pytest.fixture
+def root(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def test_a_folder_that_can_be_made_is_not_made(root):
+    for folder in (root, root / "a" / "b", epath.Path("relative"), epath.Path("gs://bucket/run")):
+        require_writable(folder, "--workdir")
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "file/a/b"])
+def test_a_file_in_the_way(root, name):
+    (root / "file").write_text("mine")
+    with pytest.raises(UserError, match=rf"--workdir is '.*{name}', but .*/file is a file; allowed: a folder"):
+        require_writable(root / name, "--workdir")
+
+
+@pytest.mark.parametrize("name", ["", "run"])
+def test_a_folder_that_cannot_be_written(root, name, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the user of a test may be root, who can everything
+    with pytest.raises(UserError, match=rf"--workdir is '{root / name}', but {root} cannot be written"):
+        require_writable(root / name, "--workdir")
+
+
+def test_the_second_is_refused_and_the_next_is_not(root):
+    lock = root / "a" / "b" / ".lock"
+    with alone(lock, "taken"):
+        with pytest.raises(UserError, match="taken"), alone(lock, "taken"):
+            pass
+        assert lock.exists()
+    with alone(lock, "taken"):
+        pass
+    assert list(root.iterdir()) == []
+
+
+def test_what_was_written_stays(root):
+    with alone(root / "a" / "b" / ".lock", "taken"):
+        (root / "a" / "file").write_text("mine")
+    assert [path.name for path in (root / "a").iterdir()] == ["file"]
+
+
+def test_a_killed_process_holds_nothing(root):
+    code = (
+        "import os, sys; from etils import epath; from bd3_jax.folders import alone\n"
+        "with alone(epath.Path(sys.argv[1]), 'taken'): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(root / ".lock")]).returncode == -9
+    assert (root / ".lock").exists()
+    with alone(root / ".lock", "taken"):
+        pass
+
+
+def test_a_lock_that_cannot_be_made(root):
+    (root / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*file/.lock: File exists"), alone(root / "file/.lock", ""):
+        pass
+
+
+def test_what_the_system_refuses_is_one_line(root):
+    with pytest.raises(UserError, match=r"cannot write .*nowhere: No space left on device"), writing(root / "nowhere"):
+        raise OSError(28, os.strerror(28))
