@@ -5,8 +5,9 @@ The manifest says how the rows were made and what is in them; it is checked when
 
 import collections
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -19,7 +20,7 @@ from bd3_jax.special_ids import SpecialIds
 
 FILE_NAME = "manifest.json"
 LENGTHS = "lengths.json"
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums
 
 # Settings that decide what the rows are, under the names by which a user knows them.
 _NAMES = {
@@ -99,6 +100,7 @@ class Manifest:
     fingerprint: str  # of the tokenizer
     ids: SpecialIds
     splits: dict[str, SplitCounts]
+    sha256: dict[str, str]  # of the rows of every split, see `join_digests`
     malformed: int  # records without text, which were left out
     first_malformed: str  # where the first of them is and what is wrong with it
 
@@ -136,7 +138,8 @@ def load_manifest(directory: epath.Path) -> Manifest:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format")
         if version != FORMAT:
-            raise UserError(f"{path} has format {version}; allowed: {FORMAT} (prepare the corpus anew)")
+            advice = "an earlier version of bd3_jax wrote it; delete the folder and prepare the corpus anew"
+            raise UserError(f"{path} has format {version}; allowed: {FORMAT} ({advice})")
         return Manifest(
             settings=RowSettings(**content.pop("settings")),
             ids=SpecialIds(**content.pop("ids")),
@@ -145,6 +148,11 @@ def load_manifest(directory: epath.Path) -> Manifest:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the corpus anew") from None
+
+
+def join_digests(digests: Iterable[str]) -> str:
+    """Sha256 (hex) of a split from those of its shards, in order; theirs is of all tokens as little-endian int32."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def save_lengths(directory: epath.Path, shards: Sequence[Mapping[str, Mapping[str, int]]]) -> None:

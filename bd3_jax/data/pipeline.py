@@ -84,12 +84,26 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
 
 
 def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
-    """Opens a split that has rows, whatever the settings. Raises UserError if the tokenizer is not the manifest's."""
+    """Opens a split that has rows, whatever the settings.
+
+    Raises:
+      UserError: the tokenizer is not the manifest's, or files are missing or not as long as they were.
+    """
     tokenizer = load_tokenizer(directory / "tokenizer")
     if tokenizer.fingerprint != manifest.fingerprint:
         raise UserError(f"{directory / 'tokenizer'} is not the tokenizer that {directory} was prepared with")
-    rows = tfds.builder_from_directory(directory).as_data_source(split)
-    return Dataset(directory, split, manifest, tokenizer, rows)
+    try:
+        builder = tfds.builder_from_directory(directory)
+        info = builder.info.splits[split]
+        size = sum(path.stat().length for path in info.filepaths)
+    except (OSError, ValueError, KeyError, tfds.core.DatasetNotFoundError) as error:
+        raise UserError(f"{directory} is damaged ({' '.join(str(error).split())}); prepare the corpus anew") from None
+    if size != info.num_bytes:
+        raise UserError(
+            f"{directory} is damaged: the files of split {split!r} have {size:,} bytes, but {info.num_bytes:,} were "
+            "written; prepare the corpus anew"
+        )
+    return Dataset(directory, split, manifest, tokenizer, builder.as_data_source(split))
 
 
 def train_batches(

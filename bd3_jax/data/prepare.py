@@ -28,12 +28,22 @@ from tqdm import tqdm
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import Corpus, Shard, fingerprint, get_corpus
-from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts, is_prepared, load_manifest, save_lengths
+from bd3_jax.data.manifest import (
+    FORMAT,
+    Manifest,
+    RowSettings,
+    SplitCounts,
+    is_prepared,
+    join_digests,
+    load_manifest,
+    save_lengths,
+)
 from bd3_jax.data.rows import shard_path, write_metadata
 from bd3_jax.data.tasks import Execute, MalformedCount, Report, Task, documents_of, run_here, write_json
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import TRAINED, Tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
+from bd3_jax.folders import alone, require_writable
 
 
 def prepare(
@@ -52,7 +62,7 @@ def prepare(
 
     Raises:
       UserError: unknown corpus, missing or malformed source, too little text for a row, a full disk, or a folder in the
-        way that holds other things or rows made with other settings.
+        way that holds other things or rows made with other settings, or that another process is preparing.
     """
     if workers < 1:
         raise UserError(f"--workers is {workers}; allowed: 1 or more")
@@ -71,14 +81,25 @@ def prepare(
         raise UserError(
             f"data.directory is {data.directory!r}, which holds other things; allowed: a new or empty folder"
         )
+    require_writable(directory, "data.directory")
+    busy = f"data.directory is {data.directory!r}, which another process is preparing; allowed: another, or later"
+    with alone(directory.parent / f".{directory.name}.lock", busy):
+        manifest = _prepare_alone(directory, data, settings, execute or partial(run_here, workers=workers), strict)
+    print(f"Prepared: {directory}\n{manifest.describe()}")
+    return manifest
 
+
+def _prepare_alone(
+    directory: epath.Path, data: DataConfig, settings: RowSettings, execute: Execute, strict: bool
+) -> Manifest:
+    """Goes on with what is unfinished, or begins; makes `directory` of it."""
     unfinished = directory.parent / f"{directory.name}.unfinished"
     if is_prepared(unfinished):  # and all but moved into place
         manifest = load_manifest(unfinished)
         manifest.settings.require(settings, unfinished, "delete that folder to start over")
     else:
         try:
-            manifest = _prepare(unfinished, data, settings, execute or partial(run_here, workers=workers), strict)
+            manifest = _prepare(unfinished, data, settings, execute, strict)
         except OSError as error:
             raise UserError(f"data.directory is {data.directory!r}, where preparing failed: {error}") from None
     for leftover in (*unfinished.glob("shard-*.json"), *unfinished.glob("begun.json")):
@@ -86,7 +107,6 @@ def prepare(
     if directory.exists():  # and is empty
         directory.rmdir()
     unfinished.rename(directory)
-    print(f"Prepared: {directory}\n{manifest.describe()}")
     return manifest
 
 
@@ -112,11 +132,13 @@ def _prepare(
 
 def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -> None:
     """Makes the folder, or makes sure that what lies there was begun from the same settings and files."""
-    begun = {"settings": dataclasses.asdict(settings), "inputs": fingerprint(shards)}
+    begun = {"format": FORMAT, "settings": dataclasses.asdict(settings), "inputs": fingerprint(shards)}
     marker = unfinished / "begun.json"
     advice = "delete that folder to start over"
     if marker.exists():
         found = json.loads(marker.read_text())
+        if found.get("format") != FORMAT:
+            raise UserError(f"{unfinished} was begun by an earlier version of bd3_jax; {advice}")
         RowSettings(**found["settings"]).require(settings, unfinished, advice)
         if found["inputs"] != begun["inputs"]:
             raise UserError(f"{unfinished} was begun from other files than {settings.corpus} now has; {advice}")
@@ -175,15 +197,18 @@ def _finish(
 ) -> Manifest:
     """Writes metadata and manifest, once all shards are there."""
     counts: dict[str, list[SplitCounts]] = {}
+    digests: dict[str, list[str]] = {}
     for result in results:
         for split, numbers in result["splits"].items():
             counts.setdefault(split, []).append(SplitCounts(**numbers))
+            digests.setdefault(split, []).append(result["sha256"][split])
     manifest = Manifest(
         settings=settings,
         licence=corpus.licence,
         fingerprint=tokenizer.fingerprint,
         ids=tokenizer.ids,
         splits={split: reduce(SplitCounts.__add__, parts) for split, parts in counts.items()},
+        sha256={split: join_digests(parts) for split, parts in digests.items()},
         malformed=sum(result["malformed"] for result in results),
         first_malformed=next((result["first"] for result in results if result["first"]), ""),
     )

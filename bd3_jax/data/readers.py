@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -50,7 +51,7 @@ def count_documents(path: epath.Path, field: str) -> int:
 def _named(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, zipfile.BadZipFile, pyarrow.ArrowInvalid) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, pyarrow.ArrowInvalid) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 
@@ -86,7 +87,7 @@ def _read_json(path: epath.Path, field: str, malformed: Malformed) -> Documents:
     content = path.read_bytes()
     try:
         records = json.loads(_utf8(content))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from JSON that is nested too deeply
         raise UserError(f"{path}: {error}") from None
     if not isinstance(records, dict):
         raise UserError(f"{path} holds a {type(records).__name__}; allowed: an object {{key: {{{field!r}: text}}}}")
@@ -120,6 +121,8 @@ def _read_text8(path: epath.Path, field: str, malformed: Malformed) -> Documents
         with archive.open("text8") as stream:
             done = 0
             while piece := stream.read(TEXT8_PIECE):
+                if not piece.isascii():
+                    raise UserError(f"{path}: the member text8 is not ASCII, so it is not the corpus text8")
                 done += len(piece)
                 yield piece.decode("ascii"), size * done // total
 
@@ -138,7 +141,7 @@ def _checked(read: Callable[[], str], where: str, malformed: Malformed) -> str |
     """What `read` returns, or None after reporting why it cannot."""
     try:
         return read()
-    except (ValueError, RecursionError) as error:  # the latter from JSON that is nested too deeply
+    except (ValueError, RecursionError) as error:  # as in `_read_json`
         malformed(f"{where}: {error}")
         return None
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -69,12 +70,18 @@ class RowWriter:
         self._characters = 0
         self.lengths: collections.Counter[int] = collections.Counter()  # of documents, in tokens without EOS
         self._counts = SplitCounts(0, 0, 0, 0)
+        self._sha256 = hashlib.sha256()
 
     def add(self, text: str) -> None:
         self._texts.append(text)
         self._characters += len(text)
         if self._characters >= BATCH_CHARACTERS:
             self._flush()
+
+    @property
+    def sha256(self) -> str:
+        """Of the rows so far, hex; see `manifest.join_digests`."""
+        return self._sha256.hexdigest()
 
     def close(self) -> SplitCounts:
         self._flush()
@@ -86,6 +93,7 @@ class RowWriter:
     def _flush(self) -> None:
         rows, lengths = self._packer.pack(self._texts)
         self.lengths.update(lengths)
+        self._sha256.update(rows.astype("<i4").tobytes())
         with _writing(self._path):
             for row in rows.astype(self._features["tokens"].np_dtype):
                 self._writer.write(self._features.serialize_example({"tokens": row}))

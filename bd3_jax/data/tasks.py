@@ -40,8 +40,13 @@ class Task:
         for split, text in documents_of(self.corpus, self.shard, report, malformed):
             writers[split].add(text)
         counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
-        lengths = {split: writer.lengths for split, writer in writers.items()}
-        result = {"splits": counts, "lengths": lengths, "malformed": malformed.count, "first": malformed.first}
+        result = {
+            "splits": counts,
+            "sha256": {split: writer.sha256 for split, writer in writers.items()},
+            "lengths": {split: writer.lengths for split, writer in writers.items()},
+            "malformed": malformed.count,
+            "first": malformed.first,
+        }
         write_json(self.result, result)
 
 

@@ -17,6 +17,7 @@ from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config, EvalConfig
 from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_data
 from bd3_jax.data.streaming import Stream
+from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.folders import require_writable
@@ -240,9 +241,13 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
 
 
 def _check_tokenizer(dataset: Dataset | Stream, workdir: epath.Path) -> None:
-    """Other tokens of the same number would give a figure all the same. A run without the folder has no checkpoint."""
+    """Other tokens of the same number would give a figure all the same. Without its tokenizer, a run has its V."""
     folder = workdir / "tokenizer"
-    if folder.exists() and load_tokenizer(folder).fingerprint != dataset.tokenizer.fingerprint:
+    if not (folder / TOKENIZER_FILE).exists():
+        trained, given = orbax.summarize(workdir).vocab_size, dataset.tokenizer.ids.vocab_size
+        if given != trained:
+            raise UserError(f"{dataset.place} has V = {given} with the mask, but {workdir} was trained with {trained}")
+    elif load_tokenizer(folder).fingerprint != dataset.tokenizer.fingerprint:
         raise UserError(
             f"{dataset.place} has another tokenizer than {workdir} was trained with; "
             f"prepare or stream it with --config.data.tokenizer={folder}"

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config, SamplingConfig
+from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3_jax.errors import UserError
 from bd3_jax.folders import require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
@@ -69,6 +71,11 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
     """
     require_writable(workdir, "--workdir")
     params, step = orbax.restore_params(config, workdir, config.sampling.weights)
+    if not (workdir / "tokenizer" / TOKENIZER_FILE).exists():
+        raise UserError(
+            f"{workdir} has no tokenizer/{TOKENIZER_FILE}, so its samples would have no text; copy there the one that "
+            "it was trained with"
+        )
     tokenizer = load_tokenizer(workdir / "tokenizer")
     sampler = Sampler.from_config(LanguageModel.from_config(config, tokenizer.ids), config.sampling)
     # The prompt is checked before anything is compiled.

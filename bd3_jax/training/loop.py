@@ -245,6 +245,7 @@ def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     for name, old, new in (
         ("tokenizer", began_with.fingerprint, found.fingerprint),
         ("training split", began_with.splits["train"], found.splits["train"]),
+        ("text of the training split", began_with.sha256["train"], found.sha256["train"]),
     ):
         if old != new:
             raise UserError(

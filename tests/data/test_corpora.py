@@ -99,6 +99,12 @@ def test_wikipedia_summaries_from_the_json_and_out_of_a_wheel(tmp_path):
         archive.writestr(CORPORA["wikipedia_summaries"].source.member, content)
     with pytest.raises(UserError, match="sha256 differs"):
         read("wikipedia_summaries", wheel, tmp_path)
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(CORPORA["wikipedia_summaries"].source.member, content)
+    start = wheel.read_bytes().index(b"json") + 4  # of the compressed content
+    wheel.write_bytes(wheel.read_bytes()[:start] + b"\xff" * 9 + wheel.read_bytes()[start + 9 :])
+    with pytest.raises(UserError, match="is no wheel"):
+        read("wikipedia_summaries", wheel, tmp_path)
     wheel.write_text("no archive")
     with pytest.raises(UserError, match="is no wheel"):
         read("wikipedia_summaries", wheel, tmp_path)

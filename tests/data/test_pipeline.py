@@ -129,12 +129,27 @@ def test_a_damaged_folder_is_refused(data):
     manifest = Path(data.directory) / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(UserError, match=r"manifest\.json has format 99; allowed: 1"):
+    with pytest.raises(UserError, match=r"manifest\.json has format 99; allowed: 2 \(an earlier version .* prepare"):
         open_dataset(data, 16, "train")
     for damage in ("{", "[]", json.dumps(content | {"ids": {}}), json.dumps(content | {"more": 1})):
         manifest.write_text(damage)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             open_dataset(data, 16, "train")
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_rows_that_are_missing_or_cut_short_are_refused(data, damage):
+    data = dataclasses.replace(data, tokenizer="bytes")
+    prepare(data, 16)
+    (path,) = Path(data.directory).glob("*-train.array_record-*")
+    damage(path)
+    with pytest.raises(UserError, match=r"rows is damaged.*prepare the corpus anew") as error:
+        open_dataset(data, 16, "train")
+    assert "\n" not in str(error.value)
+    open_dataset(data, 16, "validation")
+    (Path(data.directory) / "dataset_info.json").unlink()
+    with pytest.raises(UserError, match=r"rows is damaged.*prepare the corpus anew"):
+        open_dataset(data, 16, "validation")
 
 
 def test_a_split_without_rows(data, tmp_path):

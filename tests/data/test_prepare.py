@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from bd3_jax.data.manifest import SplitCounts, load_manifest
 from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
+from bd3_jax.folders import alone
 
 
 def rows_of(data, length, split):
@@ -126,6 +128,25 @@ def test_the_manifest_says_what_was_made(data):
     assert manifest.settings.vocab_size == 300 == tokenizer.ids.vocab_size - 1
 
 
+def test_the_checksums_are_those_of_the_rows(data, documents, corpus):
+    """Of one shard: sha256 over its hex digest, which is that of the tokens as int32. Order and text matter."""
+    data = dataclasses.replace(data, tokenizer="bytes")
+    manifest = prepare(data, 16)
+    for split, found in manifest.sha256.items():
+        shard = hashlib.sha256(rows_of(data, 16, split).astype("<i4").tobytes()).hexdigest()
+        assert found == hashlib.sha256(shard.encode()).hexdigest()
+
+
+def test_two_preparations_of_one_folder_do_not_meet(data, tmp_path):
+    with (
+        alone(epath.Path(tmp_path / ".rows.lock"), ""),
+        pytest.raises(UserError, match=r"data\.directory is '.*rows', which another process is preparing"),
+    ):
+        prepare(data, 16)
+    prepare(data, 16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "rows"]
+
+
 def test_done_is_kept_and_reported(data, capsys, tmp_path, files_in):
     first = prepare(data, 16)
     before = files_in(tmp_path / "rows")
@@ -196,7 +217,7 @@ def test_a_bucket_is_written_by_copying(data):
 
 def test_unwritable_folder(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.directory is .*rows', where preparing failed: .*Not a directory"):
+    with pytest.raises(UserError, match=r"data\.directory is .*rows', but .*/file is a file; allowed: a folder"):
         prepare(dataclasses.replace(data, directory=str(tmp_path / "file" / "rows")), 16)
 
 

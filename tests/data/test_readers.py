@@ -1,5 +1,7 @@
 import json
+import zipfile
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -82,6 +84,7 @@ def test_malformed_rows_of_a_table(tmp_path):
         ("a.jsonl.zst", b"not compressed", "cannot read .*a.jsonl.zst: .*decompress"),
         ("text8.zip", b"no archive", "cannot read .*text8.zip: File is not a zip file"),
         ("a.json", b"{", "a.json: Expecting"),
+        ("a.json", b"[" * 100_000, "a.json: maximum recursion depth exceeded"),
         ("a.json", b"[]", "a.json holds a list; allowed: an object"),
     ],
 )
@@ -90,6 +93,25 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         list(read_documents(epath.Path(tmp_path / name), "text", pytest.fail))
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = epath.Path(tmp_path / "text8.zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("text8", np.random.default_rng(0).choice(list(b"abc "), 100_000).astype(np.uint8).tobytes())
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + b"\xff" * 100 + content[1100:])
+    with pytest.raises(UserError, match=r"cannot read .*text8.zip: (Error -3 while decompressing|Bad CRC)") as error:
+        list(read_documents(path, "", pytest.fail))
+    assert "\n" not in str(error.value)
+
+
+def test_text8_is_ascii(tmp_path):
+    path = epath.Path(tmp_path / "text8.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("text8", "caf\xe9")
+    with pytest.raises(UserError, match=r"text8.zip: the member text8 is not ASCII"):
+        list(read_documents(path, "", pytest.fail))
 
 
 def test_a_truncated_file_is_named(tmp_path):

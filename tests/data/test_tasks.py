@@ -123,7 +123,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
 
 def test_interrupted_while_moving_into_place(data, tmp_path, monkeypatch, files_in):
     prepare(dataclasses.replace(data, directory=str(tmp_path / "whole")), 16)
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "unlink", lambda path: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "unlink", lambda *_, **options: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         prepare(data, 16)
     monkeypatch.undo()
@@ -140,6 +140,10 @@ def test_an_interrupted_preparation_of_other_files_is_not_continued(data, tmp_pa
         prepare(data, 16)
     (tmp_path / "corpus" / "new.txt").write_text("one more")
     with pytest.raises(UserError, match="was begun from other files than files now has"):
+        prepare(data, 16)
+    begun = tmp_path / "rows.unfinished" / "begun.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match="was begun by an earlier version of bd3_jax; delete that folder"):
         prepare(data, 16)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
@@ -96,6 +97,13 @@ def test_a_prompt_too_long_leaves_the_samples_alone(run, prompt, max_length, mes
     with pytest.raises(UserError, match=message):
         sample(change(config, prompt=prompt, max_length=max_length), workdir)
     assert {path.name: path.read_text() for path in workdir.glob("samples*")} == before
+
+
+def test_a_run_without_its_tokenizer(run, tmp_path):
+    config, workdir = run
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer.json", "samples*"))
+    with pytest.raises(UserError, match=r"run has no tokenizer/tokenizer.json, so its samples would have no text"):
+        sample(config, tmp_path / "run")
 
 
 def test_no_checkpoint(run, tmp_path):

@@ -110,15 +110,23 @@ def test_a_run_cannot_change_its_model_or_data(uninterrupted, tiny_config, overr
     assert (workdir / "config.json").read_bytes() == before
 
 
-def test_data_prepared_anew_is_refused(uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda manifest: manifest["splits"]["train"].update(rows=99), "training split"),
+        (lambda manifest: manifest["sha256"].update(train="other"), "text of the training split"),
+        (lambda manifest: manifest.update(fingerprint="other"), "tokenizer"),
+    ],
+)
+def test_data_prepared_anew_is_refused(uninterrupted, tmp_path, change, name):
     config, workdir = uninterrupted
     manifest = json.loads((workdir / "manifest.json").read_text())
-    manifest["splits"]["train"]["rows"] += 1
+    change(manifest)
     copy = tmp_path / "copy"
     (copy / "checkpoints" / "5").mkdir(parents=True)
     (copy / "config.json").write_bytes((workdir / "config.json").read_bytes())
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"the training split in .* is not the one that .* began with"):
+    with pytest.raises(UserError, match=rf"the {name} in .* is not the one that .* began with"):
         train(config, copy)
 
 
