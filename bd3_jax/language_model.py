@@ -14,23 +14,28 @@ from bd3_jax.special_ids import SpecialIds
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Static and hashable; the parameters are passed beside it."""
+    """Static and hashable; the parameters are passed beside it.
+
+    `batch_shards`: into how many parts devices split a batch. It bounds what each holds at a time, and no number
+    depends on it.
+    """
 
     objective: str
     block_size: int
     noise: NoiseConfig
     network: Network
     ids: SpecialIds
+    batch_shards: int = 1
 
     @classmethod
-    def from_config(cls, config: Config, ids: SpecialIds) -> "LanguageModel":
+    def from_config(cls, config: Config, ids: SpecialIds, batch_shards: int = 1) -> "LanguageModel":
         network = Network(
             config.model,
             ids.vocab_size,
             adaln=config.objective != "ar",
             time_conditioned=config.objective == "sedd",
         )
-        return cls(config.objective, config.block_size, config.noise, network, ids)
+        return cls(config.objective, config.block_size, config.noise, network, ids, batch_shards)
 
     @property
     def length(self) -> int:
@@ -77,6 +82,7 @@ class LanguageModel:
             draw,
             self.ids.mask,
             self.ids.vocab_size,
+            self.batch_shards,
         )
 
     def training_loss(

@@ -51,13 +51,18 @@ def spec(mesh: Mesh, logical: tuple[str | None, ...], shape: tuple[int, ...]) ->
     return NamedSharding(mesh, PartitionSpec(*(axes(*pair) for pair in zip(logical, shape, strict=True))))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh, batch_size: int, setting: str) -> NamedSharding:
-    """Sharding of token rows `[b, L]`: the rows over data and fsdp.
+    """Sharding of token rows `[b, L]`, or of one number a row `[b]`: the rows over data and fsdp.
 
     Raises:
       UserError: naming `setting`, where its `batch_size` rows cannot be split evenly.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_shards(mesh)
     if batch_size % parts:
         raise UserError(f"{setting} is {batch_size}; allowed: a multiple of {parts} (mesh.data * mesh.fsdp)")
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

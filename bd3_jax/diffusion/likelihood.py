@@ -17,7 +17,8 @@ from bd3_jax.diffusion import corruption, objectives
 from bd3_jax.diffusion.schedules import EPS, get_schedule
 
 MAX_LOGITS = 2**26
-"""Logits held at once; beyond it they are computed in chunks of positions, and again in the backward pass."""
+"""Logits that a device holds at once (256 MiB); beyond it they are computed in chunks of positions, and again in the
+backward pass."""
 
 
 @jax.tree_util.register_dataclass
@@ -102,12 +103,17 @@ def token_losses(
     draw: Draw | None,
     mask_id: int,
     vocab_size: int,
+    batch_shards: int = 1,
 ) -> Float[Array, "b L"]:
-    """Loss of every token of x0, nats. For AR (no draw) position 0, which nothing predicts, has 0."""
+    """Loss of every token of x0, nats. For AR (no draw) position 0, which nothing predicts, has 0.
+
+    `batch_shards`: into how many parts the batch is split over devices; it bounds memory and changes no number.
+    """
+    max_chunk = max(1, MAX_LOGITS // (-(-x0.shape[0] // batch_shards) * vocab_size))
     if objective == "ar":
         targets = jnp.roll(x0, -1, axis=1)  # the last has no target and is dropped below
         losses = _in_chunks(
-            lambda h, target: objectives.ar_loss(unembed(h), target, mask_id), vocab_size, hidden, targets
+            lambda h, target: objectives.ar_loss(unembed(h), target, mask_id), max_chunk, hidden, targets
         )
         return jnp.pad(losses[:, :-1], ((0, 0), (1, 0)))
     if draw is None:
@@ -116,30 +122,30 @@ def token_losses(
         sigma = jnp.repeat(draw.sigma, x0.shape[1] // draw.sigma.shape[1], axis=1)
         return _in_chunks(
             lambda h, x0, xt, sigma, weight: objectives.sedd_loss(unembed(h), x0, xt, sigma, weight, mask_id),
-            vocab_size, hidden, x0, draw.xt, sigma, draw.weight,
+            max_chunk, hidden, x0, draw.xt, sigma, draw.weight,
         )  # fmt: skip
     return _in_chunks(
         lambda h, x0, xt, weight: objectives.subs_loss(unembed(h), x0, xt, weight, mask_id),
-        vocab_size, hidden, x0, draw.xt, draw.weight,
+        max_chunk, hidden, x0, draw.xt, draw.weight,
     )  # fmt: skip
 
 
-def _in_chunks(loss: Callable[..., Float[Array, "b C"]], vocab_size: int, *args: Array) -> Float[Array, "b L"]:
-    """loss(*args) along the length, so that the logits of at most `MAX_LOGITS` entries exist at a time.
+def _in_chunks(loss: Callable[..., Float[Array, "b C"]], max_chunk: int, *args: Array) -> Float[Array, "b L"]:
+    """loss(*args) along the length, at most `max_chunk` positions at a time, in chunks of one size.
 
     Chunks cut the length, not the batch: the batch stays split over devices.
     """
     batch, length = args[0].shape[:2]
-    chunk = next(
-        size
-        for size in range(length, 0, -1)
-        if length % size == 0 and (size == 1 or batch * size * vocab_size <= MAX_LOGITS)
-    )
-    if chunk == length:
+    count = -(-length // max_chunk)
+    if count == 1:
         return loss(*args)
+    chunk = -(-length // count)
+    surplus = count * chunk - length
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+        # Padded with the last position and not with 0, where a loss may be infinite and its gradient NaN.
+        x = jnp.pad(x, [(0, 0), (0, surplus)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
     losses = jax.lax.map(lambda chunk_args: jax.checkpoint(loss)(*chunk_args), tuple(split(x) for x in args))
-    return jnp.moveaxis(losses, 0, 1).reshape(batch, length)
+    return jnp.moveaxis(losses, 0, 1).reshape(batch, count * chunk)[:, :length]

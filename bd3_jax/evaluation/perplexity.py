@@ -24,7 +24,7 @@ from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.metrics import append_metrics
 from bd3_jax.models.transformer import Params
-from bd3_jax.sharding import batch_sharding, make_mesh, param_shardings
+from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
     split_rows = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
     dataset = open_data(config.data, config.model.length, config.eval.split)
     _check_tokenizer(dataset, workdir)
-    lm = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    lm = LanguageModel.from_config(config, dataset.tokenizer.ids, batch_shards(mesh))
     shardings = param_shardings(mesh, lm.network)
     params, step = orbax.restore_params(config, workdir, config.eval.weights, shardings)
 

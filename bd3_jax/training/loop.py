@@ -100,7 +100,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
         run_folder.check_begins(config, workdir)
 
     # --------------------------------------------------------------------------------------------------- model
-    model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    model = LanguageModel.from_config(config, dataset.tokenizer.ids, sharding.batch_shards(mesh))
     source = open_initial(config, dataset.tokenizer) if newest is None and config.init_from else None
 
     # --------------------------------------------------------------------------------------------------- state

@@ -131,7 +131,8 @@ def training_draw(block_size, settings):
         (1, noise()),
         (2, noise(ignore_bos=False)),
         (4, noise()),
-        *((2, noise(name)) for name in SCHEDULES if name != "loglinear"),
+        *((4, noise(name)) for name in SCHEDULES if name != "loglinear"),
+        (2, noise("cosine")),
         (4, noise(low=0.3, high=0.8, resample=True)),
         (4, noise(low=0.5, high=1.0, resample=True)),  # 1/t
         (2, noise(low=0.55, high=1.0, resample=True)),  # weight 1
@@ -145,10 +146,12 @@ def test_training(block_size, settings):
     assert_unbiased(losses, np.stack([expected_losses("subs", x0, block_size, settings) for x0 in X0]))
 
 
-@pytest.mark.parametrize("settings", [noise(), noise("scaled_loglinear", ignore_bos=False), noise("cosine")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [noise(name, ignore_bos=name != "scaled_loglinear") for name in SCHEDULES], ids=str
+)
 def test_sedd_training(settings):
     losses = estimates("sedd", L, training_draw(L, settings))
-    assert_unbiased(losses, np.stack([expected_losses("sedd", x0, L, settings) for x0 in X0]))
+    assert_unbiased(losses, np.stack([expected_losses("sedd", x0, L, settings) for x0 in X0]), precision=0.04)
 
 
 @pytest.mark.parametrize("name", ["square", "scaled_loglinear"])
@@ -201,30 +204,32 @@ def test_all_masked():
 @pytest.mark.parametrize("objective", ["ar", "subs", "sedd"])
 def test_chunks_change_nothing(monkeypatch, objective):
     """Losses and gradients with the logits in chunks of positions are those of all logits at once."""
-    batch, length, width = 3, 12, 5
+    batch, length, width = 4, 13, 5  # a prime length: no chunk but 1 divides it
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(width, V)), jnp.float32)
     x0 = jnp.asarray(rng.integers(0, V - 1, (batch, length)))
     draw = None
     if objective != "ar":
-        block_size = length if objective == "sedd" else 4
+        block_size = length if objective == "sedd" else 1
         draw = likelihood.draw_training(jax.random.key(0), x0, block_size, noise(), EPS, 1.0, MASK)
 
-    def losses(hidden, kernel):
-        return likelihood.token_losses(objective, hidden, lambda h: h @ kernel, x0, draw, MASK, V)
+    def losses(hidden, kernel, batch_shards=1):
+        return likelihood.token_losses(objective, hidden, lambda h: h @ kernel, x0, draw, MASK, V, batch_shards)
 
-    def run():
+    def run(shards=1):
         def weighted(*args):
-            values = losses(*args)
+            values = losses(*args, shards)
             return (values * jnp.arange(length)).sum(), values
 
         return jax.tree.leaves(jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))(hidden, kernel))
 
     whole = run()
-    for positions in (1, 5):  # 5 does not divide the length: 4 at a time
+    # The bound is of a device's share of the batch. 3 chunks of 5, the last with 2 positions too many.
+    for positions, shards, chunk in ((1, 1, 1), (6, 1, 5), (3, 2, 5)):
         monkeypatch.setattr(likelihood, "MAX_LOGITS", batch * V * positions)
-        text = str(jax.make_jaxpr(losses)(hidden, kernel))
+        text = str(jax.make_jaxpr(lambda *args, shards=shards: losses(*args, shards))(hidden, kernel))
         assert f"[{batch},{length},{V}]" not in text
-        for ours, expected in zip(run(), whole, strict=True):
+        assert f"[{batch},{chunk},{V}]" in text
+        for ours, expected in zip(run(shards), whole, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
