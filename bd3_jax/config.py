@@ -233,6 +233,8 @@ def _check(c: Config) -> None:
         require(c.block_size == only, "block_size", c.block_size, f"{only} (or 0) for objective {c.objective}")
 
     require(0 < n.low <= n.high <= 1, "noise.low, noise.high", (n.low, n.high), "0 < low <= high <= 1")
+    weighted = c.objective != "sedd" or n.low <= 0.5  # above it the loss weight is 1, which is for the others
+    require(weighted, "noise.low", n.low, "up to 0.5 for objective sedd")
     if n.resample:
         counts = [k for k in range(c.block_size + 1) if _fits(k, c.block_size, n.low, n.high)]
         holds = f"a range that holds k/{c.block_size} for some k"
@@ -259,8 +261,12 @@ def _check(c: Config) -> None:
         at_least(1, f"training.{name}")
     at_least(1, "eval.batch_size")
     at_least(0, "eval.num_batches")
-    low_variance = c.objective in ("mdlm", "bd3lm") or c.eval.estimator == "monte_carlo" or c.objective == "ar"
-    require(low_variance, "eval.estimator", c.eval.estimator, f"monte_carlo for objective {c.objective}")
+    if c.objective != "ar" and c.eval.estimator == "low_variance":
+        # It needs a network that is not conditioned on time, and its mean is that of the loglinear schedule.
+        masked = c.objective in ("mdlm", "bd3lm")
+        require(masked, "eval.estimator", c.eval.estimator, f"monte_carlo for objective {c.objective}")
+        plain = n.schedule != "scaled_loglinear"
+        require(plain, "eval.estimator", c.eval.estimator, f"monte_carlo with noise.schedule {n.schedule}")
 
     s = c.sampling
     allowed = SAMPLERS[c.objective]

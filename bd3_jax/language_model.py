@@ -57,9 +57,14 @@ class LanguageModel:
         """The network's pass for likelihoods: over x0 for AR, xt for MDLM and SEDD, [xt ; x0] for BD3-LM.
 
         Where one block is the whole row the noised tokens see no clean one, so the clean stream is left out.
+
+        Raises:
+          ValueError: the network is conditioned on time, and every block of a row has a time of its own.
         """
         if draw is None:
             return self.network.apply(params, x0, 1, dropout_key=dropout_key)
+        if self.network.time_conditioned and draw.sigma.shape[1] > 1:
+            raise ValueError("a time-conditioned network is fed one sigma per row, but each block has its own")
         clean = x0 if self.block_size < x0.shape[1] else None
         return self.network.apply(
             params, draw.xt, self.block_size, clean=clean, sigma=draw.sigma[:, 0], dropout_key=dropout_key
@@ -111,6 +116,9 @@ class LanguageModel:
         """One estimate of every token's negative log-likelihood (bound), nats, without dropout.
 
         `estimator` is monte_carlo or low_variance; the key and it are not used where `is_exact`.
+
+        Raises:
+          ValueError: low_variance, which draws no time, with a network that is conditioned on it.
         """
         args = (x0, self.block_size, self.noise, self.ids.mask)
         if self.objective == "ar":
@@ -118,6 +126,8 @@ class LanguageModel:
         elif self.is_exact:
             draw = likelihood.draw_all_masked(*args)
         elif estimator == "low_variance":
+            if self.network.time_conditioned:
+                raise ValueError("low_variance draws no time, but the network is conditioned on it")
             draw = likelihood.draw_low_variance(key, *args)
         else:
             draw = likelihood.draw_monte_carlo(key, *args)

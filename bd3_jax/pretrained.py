@@ -150,6 +150,13 @@ class Pretrained:
         if (rows == self.mask_id).any():
             raise UserError(f"rows hold the mask's id {self.mask_id}, which is no token of a text")
         model = self._fitted(rows.shape[1])
+        if model.network.time_conditioned and self.objective != "ar":
+            if model.block_size < rows.shape[1]:
+                raise UserError(
+                    f"{self.source} is conditioned on time; {self.objective}'s blocks are for models that are not"
+                )
+            if c.estimator == "low_variance":
+                raise UserError(f"{self.source} is conditioned on time; allowed: estimator='monte_carlo'")
         losses = sequence_losses(model, self.params, _batches(rows, c.batch_size), c)
         return Result.of(
             model, losses, rows.shape[1], c.estimator,

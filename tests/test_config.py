@@ -141,6 +141,15 @@ def test_the_low_variance_estimator_is_for_masked_diffusion():
     assert resolve("mdlm", eval__estimator="low_variance").eval.estimator == "low_variance"
     with pytest.raises(UserError, match=r"eval\.estimator is 'low_variance'; allowed: monte_carlo"):
         resolve("sedd", eval__estimator="low_variance")
+    with pytest.raises(UserError, match=r"'low_variance'; allowed: monte_carlo with noise.schedule scaled_loglinear"):
+        resolve("mdlm", eval__estimator="low_variance", noise__schedule="scaled_loglinear")
+
+
+def test_the_loss_weight_of_1_is_not_for_sedd():
+    assert resolve("mdlm", noise__low=0.6).noise.low == 0.6
+    assert resolve("sedd", noise__low=0.5).noise.low == 0.5
+    with pytest.raises(UserError, match=r"noise\.low is 0.6; allowed: up to 0.5 for objective sedd"):
+        resolve("sedd", noise__low=0.6)
 
 
 def test_a_missing_setting_is_named():

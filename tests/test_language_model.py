@@ -208,6 +208,21 @@ def test_evaluation_uses_its_own_interval_and_no_dropout(toy_lm, random_params):
     )
 
 
+def test_a_time_conditioned_network_needs_one_time_a_row(toy_lm, random_params):
+    def timed(lm):
+        return dataclasses.replace(lm, network=dataclasses.replace(lm.network, time_conditioned=True))
+
+    mdlm, blocks, key = timed(toy_lm("mdlm")), timed(toy_lm("bd3lm", 4)), jax.random.key(0)
+    params, x0 = random_params(mdlm), rows(mdlm)
+    with pytest.raises(ValueError, match="one sigma per row"):
+        blocks.eval_losses(params, x0, key, "monte_carlo")
+    with pytest.raises(ValueError, match="one sigma per row"):
+        blocks.training_loss(params, x0, key, 1e-3, 1.0)
+    with pytest.raises(ValueError, match="low_variance draws no time"):
+        mdlm.eval_losses(params, x0, key, "low_variance")
+    assert np.isfinite(eval_losses(mdlm, params, x0, key, "monte_carlo")).all()
+
+
 @pytest.mark.parametrize("objective", ["ar", "mdlm", "sedd", "bd3lm"])
 def test_from_config(toy_lm, objective):
     config = from_config_dict(get_config(f"{objective},block_size=16" if objective == "bd3lm" else objective))

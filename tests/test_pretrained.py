@@ -107,6 +107,11 @@ def test_a_time_conditioned_network_keeps_its_input_under_another_objective():
     with pytest.raises(UserError, match=r"conditioned on time; mdlm's samplers"):
         loaded.sample()
     assert loaded.perplexity(np.zeros((1, 16), int)).tokens == 15
+    with pytest.raises(UserError, match=r"conditioned on time; allowed: estimator='monte_carlo'"):
+        loaded.perplexity(np.zeros((1, 16), int), estimator="low_variance")
+    blocks = load_pretrained(str(GOLDEN / "sedd"), objective="bd3lm", block_size=4)
+    with pytest.raises(UserError, match=r"conditioned on time; bd3lm's blocks are for models that are not"):
+        blocks.perplexity(np.zeros((1, 16), int))
 
 
 @pytest.mark.parametrize(

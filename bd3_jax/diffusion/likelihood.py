@@ -43,7 +43,7 @@ def draw_training(
     """t ~ U[low, high] per block under the training schedule (Block Diffusion, section 5.3).
 
     The interval is an argument of its own, since it may have been searched for. Where low > 0.5 the weight is 1 in
-    place of 1/t.
+    place of 1/t; that is for SUBS. SEDD's rate would become expm1(sigma), so `config` refuses it.
     """
     key_t, key_mask = jax.random.split(key)
     schedule = get_schedule(noise.schedule)
