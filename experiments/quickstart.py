@@ -34,7 +34,10 @@ def main(overrides: list[str]) -> int:
         print(f"\n$ bd3 {' '.join([verb, *args])}", flush=True)
         status = run([sys.executable, "-m", "bd3_jax.cli", verb, *args])
         if status:
-            print(f"\nbd3 {verb} ended with status {status}. The same command goes on from here.", file=sys.stderr)
+            print(
+                f"\nbd3 {verb} ended with status {status}. Run `make quickstart` again to go on from here.",
+                file=sys.stderr,
+            )
             return status
     print(summary(time.monotonic() - started))
     return 0
@@ -56,7 +59,7 @@ def summary(seconds: float) -> str:
     passages = [sample["text"] for sample in read_records(WORKDIR / "samples.jsonl")[-3:]]
     lines = [
         "",
-        f"Done in {seconds / 60:.1f} minutes.",
+        f"Done in {seconds / 60:.1f} minutes (this time; what was finished before is kept).",
         f"Validation perplexity: {before:,.0f} at step {first_step}, {after:,.1f} at step {last_step}.",
         "",
         "Generated:",

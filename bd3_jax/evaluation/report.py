@@ -32,7 +32,7 @@ svg text { fill: var(--soft); font-size: 11px; } blockquote { margin-bottom: .8r
   overflow-wrap: anywhere; } blockquote footer { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
 table { border-collapse: collapse; margin-bottom: 1.5rem; }
 td, th { padding: .15rem .8rem .15rem 0; text-align: left; font-weight: 400; }
-td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; } .soft { color: var(--soft); }
+td + td, th + th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } .soft { color: var(--soft); }
 """
 
 
@@ -80,10 +80,10 @@ def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: lis
     ]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        _last_values(metrics),
         f'<div class="charts">{"".join(charts)}</div>',
         "<h2>Samples</h2>",
         "".join(_sample(sample) for sample in samples[-8:]) or '<p class="soft">None yet: bd3 sample draws some.</p>',
+        f"<h2>Metrics</h2>{_last_values(metrics)}",
         f"<h2>Settings</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>",
         f'<p class="soft">{html.escape(_environment())}</p>',
     ]
@@ -138,7 +138,7 @@ def _chart(title: str, points: Series) -> str:
     line = f'<polyline points="{path}" fill="none" stroke="var(--line)" stroke-width="1.8"/>'
     x, y = place(*points[-1])
     dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--line)"/>'
-    caption = f"{html.escape(title)} <span class=soft>last {values[-1]:.4g}</span>"
+    caption = f"{html.escape(title)}, by step <span class=soft>last {values[-1]:.4g}</span>"
     label = f"{html.escape(title)} by step"
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(grid)}{line}{dot}</svg>'
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"

@@ -73,7 +73,7 @@ def test_summary_compares_the_same_rows(
     texts = ["not shown", "the one", "the two", "the\nthree"]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     summary = quickstart.summary(90)
-    assert "Done in 1.5 minutes." in summary
+    assert "Done in 1.5 minutes" in summary
     assert "2,000 at step 0, 120.2 at step 90" in summary
     assert "not shown" not in summary
     assert "  * the three" in summary
