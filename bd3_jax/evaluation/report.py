@@ -32,7 +32,8 @@ svg text { fill: var(--soft); font-size: 11px; } blockquote { margin-bottom: .8r
   overflow-wrap: anywhere; } blockquote footer { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
 table { border-collapse: collapse; margin-bottom: 1.5rem; }
 td, th { padding: .15rem .8rem .15rem 0; text-align: left; font-weight: 400; }
-td + td, th + th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } .soft { color: var(--soft); }
+td + td, th + th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.soft { color: var(--soft); }
 """
 
 
