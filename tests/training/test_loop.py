@@ -94,6 +94,28 @@ def test_an_interrupted_run_continues_exactly(uninterrupted, tmp_path, capsys, m
 
 
 @pytest.mark.parametrize(
+    ("string", "noise"),
+    [
+        ("ar", {}),
+        ("sedd", {}),
+        ("bd3lm,block_size=4", {"noise.low": 0.3, "noise.high": 0.8, "noise.resample": True}),
+    ],
+)
+def test_every_objective_continues_exactly(tiny_config, tmp_path, monkeypatch, string, noise):
+    """The last is the setting of the quickstart: a clipped interval, drawn until the masked fraction lies in it."""
+    config = tiny_config(string, **EVERY, **noise, **{"training.num_steps": 4})
+    train(config, epath.Path(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_batches", interrupted_reader(3, signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train(config, epath.Path(tmp_path / "stopped"))
+    train(config, epath.Path(tmp_path / "stopped"))
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    ours, theirs = (restore_params(config, epath.Path(tmp_path / run), "raw")[0] for run in ("stopped", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"optimizer.learning_rate": 0.5}, "config.optimizer.learning_rate is 0.5, but .*config.json has 0.001"),

@@ -8,26 +8,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from bd3_jax.checkpoints import run_folder
+from bd3_jax.metrics import read_metrics
+from bd3_jax.training.loop import train
 
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")
+
+
+# Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
+LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16}
+
+
+def run_script(name: str, *args: str) -> str:
+    """Runs a script beside this file with 8 devices, and returns what it prints."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(Path(__file__).parent / name), *args]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_config, tmp_path_factory) -> dict:
     """What tests/training/eight_devices.py found for every mesh."""
     folder = tmp_path_factory.mktemp("eight")
-    # Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
-    overrides = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "optimizer.clip_norm": 1e6}
-    run_folder.write_config(tiny_config("bd3lm,block_size=4", **overrides), folder)
-    script = Path(__file__).parent / "eight_devices.py"
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(script), str(folder), *MESHES]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
+    run_folder.write_config(tiny_config("bd3lm,block_size=4", **LARGE, **{"optimizer.clip_norm": 1e6}), folder)
+    return json.loads(run_script("eight_devices.py", str(folder), *MESHES).splitlines()[-1])
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
@@ -57,3 +66,24 @@ def test_the_state_is_split(runs, mesh, qkv, output, batch):
         assert held[f"{part}/output"] == output
     assert held["batch"] == batch
     assert held["step"] == []
+
+
+@pytest.mark.slow
+def test_training_moves_to_another_mesh_and_is_evaluated(tiny_config, tmp_path):
+    """Begun on 2x2x2, continued and evaluated on 1x4x2, against one device without a break."""
+    every = {"training.num_steps": 4, "training.log_every": 1, "training.eval_every": 2, "eval.num_batches": 0}
+    config = tiny_config("bd3lm,block_size=4", **LARGE, **every)
+    for name in ("one", "eight"):
+        (tmp_path / name).mkdir()
+        run_folder.write_config(config, tmp_path / name)
+    run_script("eight_devices_run.py", str(tmp_path / "eight"))
+    train(config, epath.Path(tmp_path / "one"))
+
+    ours, wanted = (read_metrics(epath.Path(tmp_path / name)) for name in ("eight", "one"))
+    evaluated = ours.pop()
+    assert evaluated["eval/nll"] == pytest.approx(ours[-1]["eval/nll"], rel=1e-5)  # of the same rows and weights
+    assert [record["step"] for record in ours] == [record["step"] for record in wanted]
+    for mine, theirs in zip(ours, wanted, strict=True):
+        for name in {"train/loss", "train/grad_norm", "eval/nll", "eval/standard_error"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    assert wanted[-1]["eval/nll"] < wanted[0]["eval/nll"] - 0.01
