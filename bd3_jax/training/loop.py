@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -155,14 +156,16 @@ def _train(config: Config, workdir: epath.Path) -> None:
             model, state.ema, validation, config.eval, config.eval.num_batches, sharding=eval_sharding
         )
         log.write(step, result.record())
-        bar.write(f"step {step}: validation perplexity {result.perplexity:.2f} ({result.nll:.4f} nats per token)")
+        bar.write(f"step {step}: {config.eval.split} perplexity {result.perplexity:.2f} ({result.nll:.4f} nats per token)")
 
     # ---------------------------------------------------------------------------------------------------- loop
     batches = stream
     if isinstance(dataset, Dataset):
         batches = train_batches(dataset, training.batch_size, config.seed, rows, host, hosts)
     in_flight: collections.deque[Metrics] = collections.deque()
-    bar = tqdm(desc="training", total=num_steps, initial=start, unit="step", disable=host != 0)
+    # In a log file a line now and then is enough.
+    often = 0.1 if sys.stderr.isatty() else 30
+    bar = tqdm(desc="training", total=num_steps, initial=start, unit="step", mininterval=often, disable=host != 0)
     with _StopSignals() as stop, closing(checkpoints), closing(log), closing(batches), bar:
         if newest is None:
             validate(0)
