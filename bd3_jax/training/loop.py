@@ -156,7 +156,9 @@ def _train(config: Config, workdir: epath.Path) -> None:
             model, state.ema, validation, config.eval, config.eval.num_batches, sharding=eval_sharding
         )
         log.write(step, result.record())
-        bar.write(f"step {step}: {config.eval.split} perplexity {result.perplexity:.2f} ({result.nll:.4f} nats per token)")
+        bar.write(
+            f"step {step}: {config.eval.split} perplexity {result.perplexity:.2f} ({result.nll:.4f} nats per token)"
+        )
 
     # ---------------------------------------------------------------------------------------------------- loop
     batches = stream
