@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
+from bd3_jax.data.sources import require_reachable
 from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
@@ -67,6 +68,7 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
     Raises:
       UserError: nothing is prepared there, or with other settings, or the split is unknown or has no rows.
     """
+    require_reachable(data.directory, "data.directory")
     directory = epath.Path(data.directory)
     if not is_prepared(directory):
         raise UserError(
@@ -80,7 +82,10 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
     counts = manifest.splits[split]
     if counts.rows == 0:
         raise UserError(f"split {split!r} of {directory} has {counts.tokens} tokens, too few for a row of {length}")
-    return open_rows(directory, manifest, split)
+    dataset = open_rows(directory, manifest, split)
+    if "://" in data.directory:
+        _require_bucket(dataset)
+    return dataset
 
 
 def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
@@ -104,6 +109,20 @@ def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
             "written; prepare the corpus anew"
         )
     return Dataset(directory, split, manifest, tokenizer, builder.as_data_source(split))
+
+
+def _require_bucket(dataset: Dataset) -> None:
+    """ArrayRecord opens its files by itself, from local paths and gs:// only, with an HTTP request for every row.
+
+    Where that is too slow for a training, copy the folder to every host (`gcloud storage rsync -r`) or mount it.
+    """
+    try:
+        dataset.read([0])
+    except Exception as error:  # RuntimeError for most things
+        raise UserError(
+            f"data.directory is {str(dataset.directory)!r}, whose rows cannot be read "
+            f"({' '.join(str(error).split())}); allowed: gs:// with permission to read it, or a local copy"
+        ) from None
 
 
 def train_batches(

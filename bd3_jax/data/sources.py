@@ -157,6 +157,15 @@ class Wheel:
         return target
 
 
+def require_reachable(path: str, setting: str) -> None:
+    """Raises UserError where `path` lies in a bucket that cannot be reached, as without its library or permission."""
+    if "://" in path:
+        try:
+            epath.Path(path).exists()
+        except Exception as error:  # each library has its own
+            raise UserError(f"{setting} is {path!r}, which cannot be reached: {_short(error)}") from None
+
+
 def _walk(root: epath.Path) -> list[epath.Path]:
     """Files under `root`, sorted by path; hidden ones are left out."""
     if not root.is_dir():
