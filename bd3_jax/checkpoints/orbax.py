@@ -39,10 +39,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(workdir.resolve() / FOLDER, options=options)
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
-
     def save(
         self, step: int, state: Any, position: dict[str, Any], stream: grain.DatasetIterator | None = None
     ) -> None:
@@ -123,7 +119,7 @@ def restore_params(
     Raises:
       UserError: if there is no checkpoint, or it is one of another architecture.
     """
-    step = _require_checkpoint(workdir)
+    step = require_checkpoint(workdir)
     run_folder.check_architecture(config, workdir)
     field = "ema" if weights == "ema" else "params"
     return _read(workdir, step, {field: shardings})[field], step
@@ -148,7 +144,7 @@ class Summary:
 
 def summarize(workdir: epath.Path) -> Summary:
     """Reads no parameter. Raises UserError if there is no checkpoint."""
-    step = _require_checkpoint(workdir)
+    step = require_checkpoint(workdir)
     with _open(workdir) as manager:
         vocab_size = manager.item_metadata(step)["state"].tree["ema"]["embedding"].shape[0]
     interval = _read(workdir, step, {"low": None, "high": None})
@@ -164,7 +160,8 @@ def save_params(workdir: epath.Path, step: int, params: dict[str, Any], low: flo
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
 
 
-def _require_checkpoint(workdir: epath.Path) -> int:
+def require_checkpoint(workdir: epath.Path) -> int:
+    """Step of the newest complete checkpoint. Raises UserError where there is none."""
     step = latest_step(workdir)
     if step is None:
         raise UserError(f"{workdir} has no checkpoint; train one: bd3 train --config=... --workdir={workdir}")

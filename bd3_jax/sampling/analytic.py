@@ -16,7 +16,7 @@ END = 1e-5
 """The time at which the steps end and the denoising step begins."""
 
 MAX_SCORES = 2**24
-"""Scores of at most so many entries are held at once, beyond one position of every sequence."""
+"""A device holds scores of at most so many entries at once, beyond one position of every sequence."""
 
 
 def score(log_score: Float[Array, "*n V"], p: float) -> Float[Array, "*n V"]:
@@ -54,6 +54,7 @@ def sample(
     mask: int,
     keys: PRNGKeyArray,
     canvas: Int[Array, "b L"],
+    batch_shards: int = 1,
 ) -> Samples:
     """T steps from t = 1 to 1e-5, then one that removes what noise is left: T + 1 network calls.
 
@@ -68,6 +69,7 @@ def sample(
       mask: the mask's id.
       keys: one for each sequence, `[b]`.
       canvas: given tokens, and the mask's id elsewhere.
+      batch_shards: into how many parts devices split the batch; no number depends on it.
     """
     batch = canvas.shape[0]
     sigma_at = get_schedule("loglinear").total_noise
@@ -89,7 +91,7 @@ def sample(
                 return jnp.log(jnp.stack([jnp.maximum(probs[..., mask], 0), leave], axis=-1))
 
             vocab_size = jax.eval_shape(log_score, states, sigma).shape[-1]
-            chunk = max(1, MAX_SCORES // (batch * vocab_size))
+            chunk = max(1, MAX_SCORES * batch_shards // (batch * vocab_size))
             odds = jax.lax.map(log_odds, jnp.moveaxis(states, 1, 0), batch_size=min(chunk, states.shape[1]))
             choose = jax.vmap(lambda key, odds: jax.random.categorical(key, odds, mode="high"))
             leaving &= choose(key_leave, jnp.moveaxis(odds, 1, 0)) == 1

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
@@ -22,7 +23,9 @@ from bd3_jax.folders import require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling import statistics
+from bd3_jax.sampling.block import Samples
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
+from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings
 
 FILE_NAME = "samples.jsonl"
 
@@ -64,37 +67,45 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
     """Draws `config.sampling.num_samples` texts from a run's newest checkpoint, prints and writes them.
 
     `WORKDIR/samples.jsonl` always holds the newest samples, one object a line (see `Sample`), written as they are
-    drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number.
+    drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number. Batches and
+    parameters are split over `config.mesh`; every host has all samples, the first prints and writes them.
 
     Raises:
       UserError: if there is no checkpoint, or it cannot do what is asked.
     """
+    mesh = make_mesh(config.mesh)
+    split_rows = batch_sharding(mesh, config.sampling.batch_size, "config.sampling.batch_size")
     require_writable(workdir, "--workdir")
-    params, step = orbax.restore_params(config, workdir, config.sampling.weights)
+    orbax.require_checkpoint(workdir)
     if not (workdir / "tokenizer" / TOKENIZER_FILE).exists():
         raise UserError(
             f"{workdir} has no tokenizer/{TOKENIZER_FILE}, so its samples would have no text; copy there the one that "
             "it was trained with"
         )
     tokenizer = load_tokenizer(workdir / "tokenizer")
-    sampler = Sampler.from_config(LanguageModel.from_config(config, tokenizer.ids), config.sampling)
-    # The prompt is checked before anything is compiled.
+    model = LanguageModel.from_config(config, tokenizer.ids, batch_shards(mesh))
+    sampler = Sampler.from_config(model, config.sampling)
+    # The prompt is checked before anything is read or compiled.
     row = sampler.canvas([tokenizer.encode(config.sampling.prompt)])[0]
+    shardings = param_shardings(mesh, model.network)
+    params, step = orbax.restore_params(config, workdir, config.sampling.weights, shardings)
 
     samples: list[Sample] = []
-    path, kept = workdir / FILE_NAME, None
-    with tqdm(total=config.sampling.num_samples, unit=" samples", file=sys.stderr) as progress:
-        for batch in draw(config.sampling, sampler, params, row, tokenizer, step):
-            with writing(path):
-                if not samples:
-                    kept = _make_way(path)
-                with path.open("a") as file:
-                    file.writelines(json.dumps(dataclasses.asdict(drawn)) + "\n" for drawn in batch)
-            for drawn in batch:
-                progress.write(f"{drawn.headline()}\n{drawn.text}\n", file=sys.stdout)
-            progress.update(len(batch))
+    path, kept, first = workdir / FILE_NAME, None, jax.process_index() == 0
+    with tqdm(total=config.sampling.num_samples, unit=" samples", file=sys.stderr, disable=not first) as progress:
+        for batch in draw(config.sampling, sampler, params, row, tokenizer, step, split_rows):
+            if first:
+                with writing(path):
+                    if not samples:
+                        kept = _make_way(path)
+                    with path.open("a") as file:
+                        file.writelines(json.dumps(dataclasses.asdict(drawn)) + "\n" for drawn in batch)
+                for drawn in batch:
+                    progress.write(f"{drawn.headline()}\n{drawn.text}\n", file=sys.stdout)
+                progress.update(len(batch))
             samples += batch
-    print(f"{len(samples)} samples in {path}" + (f"; earlier ones are now in {kept}" if kept else ""))
+    if first:
+        print(f"{len(samples)} samples in {path}" + (f"; earlier ones are now in {kept}" if kept else ""))
     return [dataclasses.asdict(drawn) for drawn in samples]
 
 
@@ -105,18 +116,28 @@ def draw(
     row: Int[np.ndarray, "S"],
     tokenizer: Tokenizer | None,
     step: int,
+    sharding: NamedSharding | None = None,
 ) -> Iterator[list[Sample]]:
     """Samples of one canvas row, batch by batch. All batches have one shape: the surplus of the last is dropped.
 
-    Without a tokenizer they have no text, and their length counts the tokens as they were drawn.
+    Without a tokenizer they have no text, and their length counts the tokens as they were drawn. `sharding` is that of
+    a batch of `c.batch_size` rows, where `params` are spread over a mesh; every host then gets all samples.
     """
-    eos = sampler.model.ids.eos
-    batch = min(c.batch_size, c.num_samples)
-    canvas = np.tile(row, (batch, 1))
-    compiled = jax.jit(sampler).lower(params, sequence_keys(c.seed, np.arange(batch)), canvas).compile()
+    eos, parts = sampler.model.ids.eos, sampler.model.batch_shards
+    batch = min(c.batch_size, -(-c.num_samples // parts) * parts)
+    everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+
+    def fill(params: Params, indices: Int[Array, "b"], canvas: Int[Array, "b S"]) -> Samples:
+        return sampler(params, sequence_keys(c.seed, indices), canvas)
+
+    def indices(first: int) -> Int[Array, "b"]:
+        return jax.device_put(np.arange(first, first + batch), sharding)
+
+    canvas = jax.device_put(np.tile(row, (batch, 1)), sharding)
+    compiled = jax.jit(fill, out_shardings=everywhere).lower(params, indices(0), canvas).compile()
     for first in range(0, c.num_samples, batch):
         began = time.perf_counter()
-        result = jax.device_get(compiled(params, sequence_keys(c.seed, np.arange(first, first + batch)), canvas))
+        result = jax.device_get(compiled(params, indices(first), canvas))
         real = min(batch, c.num_samples - first)
         seconds = (time.perf_counter() - began) / real
         rows = [tokens.tolist() for tokens in result.tokens[:real]]

@@ -28,7 +28,7 @@ UPDATES: dict[str, Callable[[int], Update]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A pure function `(params, keys, canvas) -> Samples`; static and hashable.
+    """A pure function `(params, keys, canvas) -> Samples`, for `jax.jit`; static and hashable.
 
     Attributes:
       model: what is sampled from.
@@ -96,7 +96,6 @@ class Sampler:
         logits = self.model.network.unembed(params, hidden) / self.temperature
         return nucleus(objectives.log_probs_without_mask(logits, self.model.ids.mask), self.nucleus)
 
-    @functools.partial(jax.jit, static_argnums=0)
     def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
         """Fills the canvas; see `block.Samples`. `keys` is `[b]`, one for each sequence."""
         samples = self._fill(params, keys, canvas)
@@ -112,7 +111,7 @@ class Sampler:
             return analytic.sample(
                 lambda tokens, sigma: network.apply(params, tokens, block_size, sigma=sigma),
                 lambda hidden, sigma: _masked_log_score(network.unembed(params, hidden), sigma, mask),
-                self.num_steps, self.nucleus, mask, keys, canvas,
+                self.num_steps, self.nucleus, mask, keys, canvas, self.model.batch_shards,
             )  # fmt: skip
         if self.name == "autoregressive":
             tokens_seen = (
@@ -136,6 +135,6 @@ def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mas
     return objectives.sedd_log_score(logits, jnp.full(shape, mask), jnp.broadcast_to(sigma, shape), mask)
 
 
-def sequence_keys(seed: int, indices: Int[np.ndarray, "b"]) -> PRNGKeyArray:
+def sequence_keys(seed: int, indices: Int[Array | np.ndarray, "b"]) -> PRNGKeyArray:
     """The key of each sample: it depends on the seed and the sample's index only, not on its place in a batch."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices)

@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints
 from bd3_jax.data.tokenizers import bytes_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.sampling import run as sampling
 from bd3_jax.sampling.run import sample
 
 PROMPT = "red"
@@ -74,6 +80,42 @@ def test_samples_do_not_depend_on_the_batch_size(run):
     config, workdir = run
     tokens = [[drawn["tokens"] for drawn in sample(change(config, batch_size=size), workdir)] for size in (1, 2, 8)]
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_samples_do_not_depend_on_the_mesh(run, tmp_path):
+    config, workdir = run
+    meshes = ("8x1x1", "1x4x2")
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("samples*"))
+    config = change(config, num_samples=9, batch_size=8)  # the second batch has one sample, and is filled up
+    run_folder.write_config(config, copy)
+    script = Path(__file__).parent / "eight_devices.py"
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # to compile sooner
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(script), str(copy), *meshes]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    expected = [drawn["tokens"] for drawn in sample(config, copy)]
+    assert json.loads(ended.stdout.splitlines()[-1]) == dict.fromkeys(meshes, expected)
+
+
+def test_a_batch_that_the_mesh_cannot_split(run, monkeypatch):
+    config, workdir = run
+    monkeypatch.setattr(sampling, "make_mesh", lambda _: AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor")))
+    with pytest.raises(UserError, match=r"config\.sampling\.batch_size is 2; allowed: a multiple of 8"):
+        sample(config, workdir)
+
+
+def test_only_the_first_process_writes(run, tmp_path, monkeypatch, capsys):
+    config, workdir = run
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("samples*"))
+    expected = [drawn["tokens"] for drawn in sample(config, workdir)]
+    capsys.readouterr()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert [drawn["tokens"] for drawn in sample(config, copy)] == expected
+    assert not list(copy.glob("samples*"))
+    assert capsys.readouterr().out == ""
 
 
 def test_weights(run):
