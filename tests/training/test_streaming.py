@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from bd3_jax import sharding
 from bd3_jax.checkpoints.orbax import latest_step, restore_params
 from bd3_jax.data import streaming
 from bd3_jax.data.streaming import stream_batches
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate
-from bd3_jax.training import sharding
 from bd3_jax.training.loop import train
 from tests.training.runs import records
 
