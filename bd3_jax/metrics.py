@@ -87,9 +87,10 @@ def _is_whole(path: epath.Path) -> bool:
     if not path.exists():
         return True
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - 1, 0))
-        return file.read(1) in (b"", b"\n")
+        if file.seek(0, 2) == 0:
+            return True
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
 
 
 def _write(path: epath.Path, records: Sequence[Record]) -> None:
