@@ -50,7 +50,8 @@ def draw_clipped_mask(
     log_choose = np.array([math.log(math.comb(block_size, k)) for k in range(block_size + 1)], np.float32)
     log_pmf = log_choose + _xlogy(count, chance) + _xlogy(block_size - count, 1 - chance)
     fraction = count / block_size
-    fits = ((fraction >= low) | (low <= EPS)) & ((fraction <= high) | (high >= 1))
+    slack = 1e-6  # the bounds are inclusive, and k / B rounds in float32
+    fits = ((fraction >= low - slack) | (low <= EPS)) & ((fraction <= high + slack) | (high >= 1))
     masked = jax.random.categorical(key_count, jnp.where(fits, log_pmf, -jnp.inf), mode="high")
     return draw_subset(key_subset, masked, block_size)
 
