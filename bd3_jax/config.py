@@ -38,6 +38,8 @@ class ModelConfig:
     attention: Literal["auto", "dense", "decomposed"]
     attention_chunk: int
     scan_unroll: int
+    remat: Literal["none", "block", "full"]
+    max_logits: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +221,9 @@ def _check(c: Config) -> None:
     m, n, length = c.model, c.noise, c.model.length
     for path in ("model.length", "model.width", "model.num_layers", "model.num_heads", "model.cond_dim"):
         at_least(1, path)
-    at_least(1, "model.attention_chunk")
-    at_least(1, "model.scan_unroll")
+    at_least(0, "model.attention_chunk")
+    at_least(0, "model.scan_unroll")
+    at_least(0, "model.max_logits")
     require(m.width % m.num_heads == 0, "model.num_heads", m.num_heads, f"a divisor of model.width = {m.width}")
     require(m.width // m.num_heads % 2 == 0, "model.num_heads", m.num_heads, "an even width per head (rotary pairs)")
     fraction("model.dropout")

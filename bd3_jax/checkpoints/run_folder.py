@@ -18,7 +18,7 @@ FILE_NAME = "config.json"
 _FREE = (
     "training.num_steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
     "training.keep_checkpoints", "eval", "sampling", "mesh", "data.source", "data.directory",
-    "model.attention", "model.attention_chunk", "model.scan_unroll",
+    "model.attention", "model.attention_chunk", "model.scan_unroll", "model.remat", "model.max_logits",
 )  # fmt: skip
 # Settings that have to fit the parameters.
 _ARCHITECTURE = (
