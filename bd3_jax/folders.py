@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -61,6 +62,12 @@ def _take(held: int, lock: epath.Path, refusal: str) -> None:
     # Whoever held it may have removed the file since it was opened.
     if not lock.exists() or not os.path.samestat(os.fstat(held), os.stat(lock)):
         raise UserError(refusal)
+
+
+def free_path(path: epath.Path) -> epath.Path:
+    """`path`, or where something has that name, the first free one of STEM-1.SUFFIX, STEM-2.SUFFIX and so on."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 @contextlib.contextmanager
