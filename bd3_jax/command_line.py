@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from bd3_jax import config as settings
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -123,7 +123,7 @@ def required(values: flags.FlagValues, name: str, allowed: str) -> str:
 
 def _recorded(directory: str | None) -> str:
     """The --config that reads the settings of an earlier run."""
-    if directory and (epath.Path(directory) / "config.json").exists():
+    if directory and (reachable(directory, "--workdir") / "config.json").exists():
         return f"{_installed() / 'workdir.py'}:{directory}"
     where = f"{directory}/config.json does not exist" if directory else "no --workdir to take it from"
     raise UserError(f"--config is missing, as in --config=configs/quickstart.py:bd3lm,block_size=8 ({where})")

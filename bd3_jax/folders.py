@@ -8,7 +8,31 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from bd3_jax.errors import UserError
+from bd3_jax.errors import UserError, require_text
+
+
+def reachable(path: epath.PathLike, setting: str) -> epath.Path:
+    """`path`, local or in a bucket.
+
+    Raises:
+      UserError: naming `setting`, for a name that is not UTF-8, a URL of a kind that is not known, or a bucket that
+        cannot be reached, as without its library or permission.
+    """
+    require_text(str(path), setting)
+    if "://" in str(path):
+        try:
+            epath.Path(path).exists()
+        except Exception as error:  # each library has its own
+            reason = "a URL of unknown kind" if isinstance(error, KeyError) else " ".join(str(error).split())[-300:]
+            raise UserError(
+                f"{setting} is {str(path)!r}, which cannot be reached: {reason}; allowed: a local path, or gs://"
+            ) from None
+    return epath.Path(path)
+
+
+def real_path(path: epath.Path) -> epath.Path:
+    """Where symbolic links lead, be it there or not; a URL stays as it is."""
+    return path if "://" in str(path) else epath.Path(os.path.realpath(path))
 
 
 def require_writable(folder: epath.Path, setting: str) -> None:

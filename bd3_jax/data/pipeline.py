@@ -18,10 +18,10 @@ from jaxtyping import Bool, Int32
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
-from bd3_jax.data.sources import require_reachable
 from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 # Batches that are read ahead, and threads that read them: enough to hide a slow file system.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -68,8 +68,7 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
     Raises:
       UserError: nothing is prepared there, or with other settings, or the split is unknown or has no rows.
     """
-    require_reachable(data.directory, "data.directory")
-    directory = epath.Path(data.directory)
+    directory = reachable(data.directory, "data.directory")
     if not is_prepared(directory):
         raise UserError(
             f"data.directory is {data.directory!r}, where nothing is prepared; run: bd3 prepare --config=..."

@@ -29,7 +29,8 @@ from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, summarize
 from bd3_jax.checkpoints.source import read_config
 from bd3_jax.config import Config
-from bd3_jax.data.manifest import is_prepared, load_manifest
+from bd3_jax.data.manifest import FILE_NAME as MANIFEST
+from bd3_jax.data.manifest import load_manifest
 from bd3_jax.data.pipeline import Dataset, open_data, train_batches
 from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
@@ -242,7 +243,7 @@ def _means(records: list[dict[str, Array | float]]) -> dict[str, float]:
 
 def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
-    if not is_prepared(workdir):
+    if not (workdir / MANIFEST).exists():
         raise UserError(
             f"{workdir} has a checkpoint but no manifest.json, for it was not trained on prepared rows: it can be "
             f"evaluated, not continued with them; a new run may start from it with --config.init_from={workdir}"

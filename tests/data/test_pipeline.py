@@ -152,12 +152,14 @@ def test_rows_that_are_missing_or_cut_short_are_refused(data, damage):
         open_dataset(data, 16, "validation")
 
 
-def test_a_split_without_rows(data, tmp_path):
+def test_a_split_without_rows(data, tmp_path, capsys):
     for split, text in (("train", "much " * 50), ("validation", "little")):
         (tmp_path / "two" / split).mkdir(parents=True)
         (tmp_path / "two" / split / "a.txt").write_text(text)
     data = dataclasses.replace(data, tokenizer="bytes", source=str(tmp_path / "two"))
     prepare(data, 16)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "split 'validation' has no rows, so training, which validates" in warning
     open_dataset(data, 16, "train")
     with pytest.raises(UserError, match=r"split 'validation' of .* has 7 tokens, too few for a row of 16"):
         open_dataset(data, 16, "validation")
