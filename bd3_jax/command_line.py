@@ -21,12 +21,18 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 def exit_status(run: Callable[[], None]) -> int:
     """Runs a command: 0, 2 for a user's mistake, 130 for Ctrl-C, the last two with one line on standard error.
 
-    Any other exception is a fault of this program and keeps its traceback.
+    What the system refuses to do with a file is the user's to mend, too. Any other exception is a fault of this program
+    and keeps its traceback.
     """
     try:
         run()
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

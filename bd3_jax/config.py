@@ -164,9 +164,7 @@ def _block_size(settings: dict[str, Any]) -> Any:
     """0 stands for the only block size an objective has: 1 for AR, L for MDLM and SEDD."""
     own = {"ar": 1, "mdlm": settings["model"].get("length"), "sedd": settings["model"].get("length")}
     block_size, objective = settings["block_size"], settings["objective"]
-    if objective in own and block_size == 0:
-        return own[objective]
-    return block_size
+    return own.get(objective, 0) if isinstance(objective, str) and block_size == 0 else block_size
 
 
 def _build(cls: type[T], settings: dict[str, Any], path: str) -> T:

@@ -86,6 +86,7 @@ IMPOSSIBLE = [
     (dict(noise__low=0.6, noise__high=0.5), "config.noise.low, noise.high is (0.6, 0.5)"),
     (dict(noise__low=0.51, noise__high=0.52, noise__resample=True), "a range that holds k/16 for some k"),
     (dict(noise__schedule="cosine", noise__high=0.5), "config.noise.schedule is 'cosine'; allowed: loglinear"),
+    (dict(objective=["ar"]), "config.objective must be one of ar, mdlm, sedd, bd3lm; found ['ar']"),
     (dict(model__length=1, block_size=1), "config.model.length is 1; allowed: 2 or more"),
     (dict(model__length=10**30), f"config.model.length is {10**30}; allowed: integers up to 2**31 - 1"),
     (dict(training__num_steps=2**31), "config.training.num_steps is 2147483648; allowed: integers up to 2**31 - 1"),

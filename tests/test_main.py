@@ -207,6 +207,13 @@ def test_a_mistake_found_by_a_program_is_one_line_too(capsys):
     assert capsys.readouterr().err == "error: no rows in data/x\n"
 
 
+@pytest.mark.parametrize(("name", "problem"), [("folder", "Is a directory"), ("nowhere", "No such file or directory")])
+def test_what_the_system_refuses_is_one_line_too(tmp_path, capsys, name, problem):
+    (tmp_path / "folder").mkdir()
+    assert command_line.exit_status(lambda: (tmp_path / name).read_text()) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: {problem}\n"
+
+
 def test_ctrl_c_is_one_line_and_status_130(capsys):
     def stop():
         raise KeyboardInterrupt
