@@ -12,6 +12,7 @@ from etils import epath
 from bd3_jax import command_line
 from bd3_jax import main as entry
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 
 class Verb(NamedTuple):
@@ -71,7 +72,7 @@ def _one_folder(argv: Sequence[str], usage: str, example: str) -> epath.Path:
         raise SystemExit(0)
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"expected one folder, as in {example}; found {' '.join(argv) or 'none'}")
-    return epath.Path(argv[0])
+    return reachable(argv[0], "the folder")
 
 
 def parity(argv: Sequence[str]) -> None:

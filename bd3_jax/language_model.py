@@ -46,7 +46,7 @@ class LanguageModel:
     @property
     def is_exact(self) -> bool:
         """Whether evaluation gives the likelihood itself, with nothing drawn: AR, and BD3-LM at B = 1."""
-        return self.objective == "ar" or self.block_size == 1
+        return self.objective == "ar" or (self.objective == "bd3lm" and self.block_size == 1)
 
     def hidden(
         self,

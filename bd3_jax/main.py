@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 
 from bd3_jax import command_line
+from bd3_jax.folders import reachable
 
 MODES = ("train", "eval", "sample")
 
@@ -31,7 +31,8 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     if mode is None:
         flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
-    workdir = epath.Path(command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart"))
+    where = command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart")
+    workdir = reachable(where, "--workdir")
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
     # Imported here, so that a mistake is reported at once and before any device is taken.

@@ -234,3 +234,10 @@ def test_from_config(toy_lm, objective):
     assert lm.network.time_conditioned == (objective == "sedd")
     assert lm.network.vocab_size == ids.vocab_size
     assert hash(lm) == hash(dataclasses.replace(lm))
+
+
+def test_only_ar_and_blocks_of_one_token_are_exact(toy_lm):
+    """A row of one token is a block of one token too, but SEDD's and MDLM's bound draws a time for it."""
+    exact = [toy_lm("ar"), toy_lm("bd3lm", 1)]
+    bounds = [toy_lm("bd3lm", 2), toy_lm("mdlm"), toy_lm("sedd"), toy_lm("mdlm", length=1), toy_lm("sedd", length=1)]
+    assert [lm.is_exact for lm in exact + bounds] == [True] * 2 + [False] * 5
