@@ -107,14 +107,14 @@ def _train(config: Config, workdir: epath.Path) -> None:
     # --------------------------------------------------------------------------------------------------- state
     optimizer = make_optimizer(config.optimizer, num_steps)
     rate = learning_rate(config.optimizer, num_steps)
-    init, abstract, lowered = lower_update(model, optimizer, config, mesh)
+    init, abstract, traced = trace_update(model, optimizer, config, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     # Each parameter goes from the file to its shards, before anything is written.
     initial = None if source is None else source.load(model.network.abstract_params(), shardings.params)
 
     # -------------------------------------------------------------------------------------------------- update
     print(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
-    update = lowered.compile()
+    update = traced.lower().compile()
 
     # ---------------------------------------------------------------------------------------------- checkpoint
     if host == 0:
@@ -205,9 +205,9 @@ def _train(config: Config, workdir: epath.Path) -> None:
     print(f"{workdir}: finished, {num_steps} steps are done")
 
 
-def lower_update(
+def trace_update(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[Callable[[], TrainState], TrainState, jax.stages.Lowered]:
+) -> tuple[Callable[[], TrainState], TrainState, jax.stages.Traced]:
     """How the first state is made, the abstract state with its shardings, and the update for that mesh.
 
     Nothing is allocated, and the devices of the mesh need not be there. The update takes the state, whose buffers it
@@ -221,7 +221,7 @@ def lower_update(
     rows = jax.ShapeDtypeStruct((batch_size, model.length), jnp.int32, sharding=batch_sharding)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     update = jax.jit(make_update(model, optimizer, config), donate_argnums=0, out_shardings=(shardings, everywhere))
-    return init, abstract, update.lower(abstract, rows)
+    return init, abstract, update.trace(abstract, rows)
 
 
 def make_update(
