@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -192,7 +192,7 @@ def sequence_losses(
 
     Batch i draws its noise from fold_in(config.seed, i). `batches` gives rows, and which of them are no mere padding.
     """
-    sum_losses = _compiled(lm, config.estimator, sharding)
+    sum_losses = likelihood_program(lm, config.estimator, sharding)
     key = jax.random.key(config.seed)
     sums = []
     for index, (rows, is_real) in enumerate(batches):
@@ -202,9 +202,9 @@ def sequence_losses(
 
 
 @functools.cache
-def _compiled(
+def likelihood_program(
     lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None
-) -> Callable[[Params, Int[Array, "b L"], PRNGKeyArray], Float[Array, "b"]]:
+) -> jax.stages.Wrapped:
     """Summed losses of the counted tokens of every row, nats; on every host, where a mesh spans several."""
 
     def sum_losses(params: Params, rows: Int[Array, "b L"], key: PRNGKeyArray) -> Float[Array, "b"]:

@@ -109,21 +109,14 @@ def _train(config: Config, workdir: epath.Path) -> None:
     # --------------------------------------------------------------------------------------------------- state
     optimizer = make_optimizer(config.optimizer, num_steps)
     rate = learning_rate(config.optimizer, num_steps)
-    init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
-    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    init, abstract, traced = trace_update(model, optimizer, config, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     # Each parameter goes from the file to its shards, before anything is written.
     initial = None if source is None else source.load(model.network.abstract_params(), shardings.params)
 
     # -------------------------------------------------------------------------------------------------- update
     print(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
-    rows_shape = jax.ShapeDtypeStruct((training.batch_size, model.length), jnp.int32, sharding=batch_sharding)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    update = (
-        jax.jit(make_update(model, optimizer, config), donate_argnums=0, out_shardings=(shardings, everywhere))
-        .lower(abstract, rows_shape)
-        .compile()
-    )
+    update = traced.lower().compile()
 
     # ---------------------------------------------------------------------------------------------- checkpoint
     if host == 0:
@@ -212,6 +205,25 @@ def _train(config: Config, workdir: epath.Path) -> None:
         )
         raise SystemExit(128 + stop.signal)
     print(f"{workdir}: finished, {num_steps} steps are done")
+
+
+def trace_update(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[Callable[[], TrainState], TrainState, jax.stages.Traced]:
+    """How the first state is made, the abstract state with its shardings, and the update for that mesh.
+
+    Nothing is allocated, and the devices of the mesh need not be there. The update takes the state, whose buffers it
+    reuses, and token rows `[batch_size, L]`; see `make_update`.
+    """
+    init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
+    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    batch_size = config.training.batch_size
+    batch_sharding = sharding.batch_sharding(mesh, batch_size, "config.training.batch_size")
+    rows = jax.ShapeDtypeStruct((batch_size, model.length), jnp.int32, sharding=batch_sharding)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    update = jax.jit(make_update(model, optimizer, config), donate_argnums=0, out_shardings=(shardings, everywhere))
+    return init, abstract, update.trace(abstract, rows)
 
 
 def make_update(

@@ -130,7 +130,7 @@ def test_compiled_once(toy_lm, random_params, dataset):
     lm = toy_lm("ar", vocab_size=13)
     for seed in range(3):
         perplexity.evaluate_params(lm, random_params(lm, seed), dataset(), settings())
-    assert perplexity._compiled(lm, "monte_carlo", None)._cache_size() == 1
+    assert perplexity.likelihood_program(lm, "monte_carlo", None)._cache_size() == 1
 
 
 def test_a_fresh_model(toy_lm, dataset):
