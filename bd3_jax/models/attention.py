@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from bd3_jax.models import chunked
+from bd3_jax.models import chunked, splash
 
 Heads = Float[Array, "b h L k"]
-Streams = Float[Array, "b s h L k"]
+Streams = Float[Array, "b h s L k"]
 
 
 def block_causal_mask(length: int, block_size: int) -> Bool[np.ndarray, "L L"]:
@@ -102,14 +102,13 @@ class Dense:
         return softmax_attention(q, k, v, block_causal_mask(q.shape[2], block_size))
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        length = q.shape[3]
-        mask = block_diffusion_mask(length, block_size)[: q.shape[1] * length]
-        out = softmax_attention(_join(q), _join(k), _join(v), mask)
-        return jnp.stack(jnp.split(out, q.shape[1], axis=2), axis=1)
+        mask = block_diffusion_mask(q.shape[3], block_size)[: q.shape[2] * q.shape[3]]
+        return softmax_attention(_joined(q), _joined(k), _joined(v), mask).reshape(q.shape)
 
 
-def _join(streams: Streams) -> Heads:
-    return jnp.concatenate(jnp.unstack(streams, axis=1), axis=2)
+def _joined(streams: Streams) -> Heads:
+    """One sequence, [xt ; x0]."""
+    return streams.reshape(*streams.shape[:2], -1, streams.shape[-1])
 
 
 class Decomposed:
@@ -122,17 +121,36 @@ class Decomposed:
         return chunked.attend(q, chunked.KV(k, v), None, block_size, self.chunk)
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        noised, clean = chunked.KV(k[:, 0], v[:, 0]), chunked.KV(k[:, 1], v[:, 1])
-        streams = [chunked.attend(q[:, 0], clean, noised, block_size, self.chunk)]
-        if q.shape[1] > 1:
-            streams.append(chunked.attend(q[:, 1], clean, None, block_size, self.chunk))
-        return jnp.stack(streams, axis=1)
+        noised, clean = (chunked.KV(k[:, :, stream], v[:, :, stream]) for stream in range(2))
+        streams = [chunked.attend(q[:, :, 0], clean, noised, block_size, self.chunk)]
+        if q.shape[2] > 1:
+            streams.append(chunked.attend(q[:, :, 1], clean, None, block_size, self.chunk))
+        return jnp.stack(streams, axis=2)
+
+
+class Splash:
+    """On TPU, for lengths that are multiples of 128; `interpret` runs it elsewhere, slowly."""
+
+    def __init__(self, tile: int, interpret: bool = False):
+        self.tile, self.interpret = tile, interpret
+
+    def block_causal(self, q: Heads, k: Heads, v: Heads, block_size: int) -> Heads:
+        return splash.attend(q, k, v, splash.block_causal(block_size), self.tile, self.interpret)
+
+    def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
+        visible = splash.block_diffusion(q.shape[3], block_size)
+        return splash.attend(_joined(q), _joined(k), _joined(v), visible, self.tile, self.interpret).reshape(q.shape)
 
 
 @functools.cache
-def get_backend(name: Literal["auto", "dense", "decomposed"], chunk: int) -> Backend:
-    """The one place where the backend is chosen. 'auto' is decomposed on every platform.
+def get_backend(name: Literal["auto", "dense", "decomposed", "splash"], chunk: int, length: int) -> Backend:
+    """The one place where the backend is chosen: 'auto' is splash on TPU where the length permits, else decomposed.
 
-    `chunk`: queries at a time; 0: 64 on CPU, 256 elsewhere.
+    `chunk`: queries at a time; 0: 64 on CPU, 256 elsewhere, tiles of 512 for splash.
     """
-    return Dense() if name == "dense" else Decomposed(chunk or (64 if jax.default_backend() == "cpu" else 256))
+    platform = jax.default_backend()
+    if name == "auto":
+        name = "splash" if platform == "tpu" and length % splash.LANES == 0 else "decomposed"
+    if name == "splash":
+        return Splash(chunk or 512)
+    return Dense() if name == "dense" else Decomposed(chunk or (64 if platform == "cpu" else 256))

@@ -158,7 +158,7 @@ class Layer:
     def __call__(
         self, x: Streams, rotary: tuple[Array, Array], attend: Attend, key: PRNGKeyArray | None, streams: int
     ) -> tuple[Streams, tuple[Array, Array]]:
-        """The residual stream after this layer, and the keys (rotated) and values `[b, s, h, L, k]`.
+        """The residual stream after this layer, and the keys (rotated) and values `[b, h, s, L, k]`.
 
         Args:
           x: s residual streams of the same positions.
@@ -178,7 +178,7 @@ class Layer:
                 _heads_first(self.v(y)),
             )
         )
-        joined = jnp.swapaxes(attend(q, k, v), -2, -3)
+        joined = jnp.moveaxis(attend(q, k, v), 1, -2)
         x = x + _dropout(self.attention_out(joined.reshape(x.shape)), self.dropout, key_a)
         hidden = checkpoint_name(self.mlp_in(normalise(x)), HIDDEN)
         # Only `hidden` is kept: a GELU is computed faster than it is read.
@@ -186,5 +186,5 @@ class Layer:
         return x + _dropout(out, self.dropout, key_m), (k, v)
 
 
-def _heads_first(x: Float[Array, "b s L h k"]) -> Float[Array, "b s h L k"]:
-    return jnp.swapaxes(x, -2, -3)
+def _heads_first(x: Float[Array, "b s L h k"]) -> Float[Array, "b h s L k"]:
+    return jnp.moveaxis(x, -2, 1)

@@ -212,11 +212,11 @@ class Network:
         if length % block_size:
             raise ValueError(f"the block size {block_size} must divide the length {length}")
         transformer, dtype, streams = self._merge(params), self.dtype, 1 if clean is None else 2
-        backend = attention.get_backend(self.model.attention, self.model.attention_chunk)
+        backend = attention.get_backend(self.model.attention, self.model.attention_chunk, length)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             if clean is None:
-                return backend.block_causal(q[:, 0], k[:, 0], v[:, 0], block_size)[:, None]
+                return backend.block_causal(q[:, :, 0], k[:, :, 0], v[:, :, 0], block_size)[:, :, None]
             return backend.block_diffusion(q, k, v, block_size)
 
         ids = tokens[:, None] if clean is None else jnp.stack([tokens, clean], axis=1)
@@ -294,10 +294,10 @@ class Network:
             block, keys, values = xs
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                return attention.cached(q[:, 0], k[:, 0], v[:, 0], keys, values, valid)[:, None]
+                return attention.cached(q[:, :, 0], k[:, :, 0], v[:, :, 0], keys, values, valid)[:, :, None]
 
             x, (k, v) = nnx.merge(graph, block).layer(cond, dtype)(x, rotary, attend, None, 1)
-            return x, KVBlock(k[:, 0], v[:, 0])
+            return x, KVBlock(k[:, :, 0], v[:, :, 0])
 
         x, stored = jax.lax.scan(apply_block, x, (blocks, cache.keys, cache.values), unroll=self._unroll)
         return transformer.finish(x[:, 0], cond), stored
