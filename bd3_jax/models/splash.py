@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -24,7 +25,7 @@ LANES = 128
 
 def block_causal(block_size: int) -> Visible:
     """Of (queries, keys), positions in one stream: which are visible."""
-    return lambda q, k: q // block_size >= k // block_size
+    return lambda q, k: _divide(q, block_size) >= _divide(k, block_size)
 
 
 def block_diffusion(length: int, block_size: int) -> Visible:
@@ -32,12 +33,17 @@ def block_diffusion(length: int, block_size: int) -> Visible:
 
     def visible(q: Array, k: Array) -> Array:
         q_noised, k_noised = q < length, k < length
-        q_block, k_block = (q % length) // block_size, (k % length) // block_size
+        q_block, k_block = (_divide(x - length * (x >= length), block_size) for x in (q, k))
         return (k_noised & q_noised & (q_block == k_block)) | (
             ~k_noised & ((q_block > k_block) | (~q_noised & (q_block == k_block)))
         )
 
     return visible
+
+
+def _divide(x: Array | np.ndarray, by: int) -> Array:
+    """x // by for x >= 0: in the kernel without the sign's treatment, which has no lowering for absent devices."""
+    return x // by if isinstance(x, np.ndarray) else jax.lax.div(x, jnp.int32(by))
 
 
 def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret: bool) -> Heads:
