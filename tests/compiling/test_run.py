@@ -33,9 +33,12 @@ def tiny(tmp_path):
 
 
 def test_training_on_two_devices(tiny, tmp_path, capsys):
-    """Gradients of every parameter, in float32, are summed over the devices: that is the one large collective."""
+    """Gradients of every parameter, in float32, are summed over the devices: that is the one large collective.
+
+    Of AR's: the projections of adaLN have gradients of rank 1, which are summed before they are multiplied out.
+    """
     file = tmp_path / "figures.json"
-    assert cli.main(["compile", tiny, "--topology=cpu:2", f"--json={file}"]) == 0
+    assert cli.main(["compile", tiny.replace("bd3lm,block_size=4", "ar"), "--topology=cpu:2", f"--json={file}"]) == 0
     (record,) = json.loads(file.read_text())
     report = Report.from_record(record)
     assert report.fits
