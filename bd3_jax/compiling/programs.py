@@ -77,11 +77,18 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
 
 
 def for_platform(config: Config, platform: str) -> Config:
-    """Settings with 'auto' as it is decided on `platform`, which is not the one that this process runs on."""
-    model = config.model
-    if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype="float32" if platform == "cpu" else "bfloat16")
-    return dataclasses.replace(config, model=model)
+    """Settings with 'auto' and 0 as they are decided on `platform`, which is not the one that this process runs on."""
+    model, on_cpu = config.model, platform == "cpu"
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
+            attention_chunk=model.attention_chunk or (64 if on_cpu else 256),
+            scan_unroll=model.scan_unroll or (model.num_layers if on_cpu else 1),
+            max_logits=model.max_logits or (2**24 if on_cpu else 2**26),
+        ),
+    )
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:
