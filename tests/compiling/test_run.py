@@ -33,7 +33,7 @@ def tiny(tmp_path):
 
 
 def test_training_on_two_devices(tiny, tmp_path, capsys):
-    """Gradients of every parameter, in float32, are summed over the devices: that is the one large collective.
+    """Gradients of every parameter, in float32, are summed over the devices: that is all that is.
 
     Of AR's: the projections of adaLN have gradients of rank 1, which are summed before they are multiplied out.
     """
@@ -46,7 +46,7 @@ def test_training_on_two_devices(tiny, tmp_path, capsys):
     assert report.memory["average (EMA)"] == held
     assert 2 * held <= report.memory["optimiser"] < 2 * held + 100
     reduced = sum(c.size for c in report.collectives if c.kind == "all-reduce")
-    assert held <= reduced < 1.1 * held + 2000
+    assert 0.98 * held < reduced < 1.02 * held
     assert all(c.group == 2 for c in report.collectives)
     assert "fits" in capsys.readouterr().out
 
@@ -70,7 +70,7 @@ def test_mistakes_are_one_line(tiny, flags, said, capsys):
     assert cli.main(["compile", tiny, *flags]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert error.count("\n") == 1
+    assert [line for line in error.splitlines() if not line.startswith("compiling train")] == [error.splitlines()[-1]]
 
 
 def report(fits):
