@@ -41,9 +41,11 @@ check: .venv ## formatting, lint, types, import directions
 test: check ## check, then the test suite without the slow tests
 	$(PYTEST) -m "not slow" -n $(WORKERS) $(ARGS)
 
-test-all: test .venv-beam/installed ## test, then the slow tests
+test-all: test .venv-beam/installed .venv-tpu/installed .venv-torch/installed ## test, then the slow tests
 	$(PYTEST) -m slow $(ARGS)
 	.venv-beam/bin/python -m pytest -m slow tests/data/test_beam.py
+	.venv-tpu/bin/python -m pytest -m slow tests/compiling
+	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
 # Apache Beam asks for older versions of two packages than are pinned, so its tests have an environment of their own.
 .venv-beam/installed: requirements.lock setup.py
@@ -51,6 +53,19 @@ test-all: test .venv-beam/installed ## test, then the slow tests
 	@sed '/^pyarrow==/d; /^protobuf==/d' requirements.lock > .venv-beam/requirements.txt
 	@.venv-beam/bin/python $(PIP) --requirement .venv-beam/requirements.txt apache-beam==2.77.0
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
+	@touch $@
+
+# What `make test` does without: the compiler for TPUs, and the yardstick's PyTorch.
+.venv-tpu/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python $(PIP) --requirement requirements.lock 'libtpu==0.0.42.*'
+	@.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-torch/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-torch
+	@.venv-torch/bin/python $(PIP) --requirement requirements.lock torch==2.13.0
+	@.venv-torch/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 format: .venv ## format the code and apply what the linter can fix

@@ -90,7 +90,6 @@ def configure(objective: str, overrides: list[str]) -> Config:
     """The yardstick's settings with GROUP.NAME=VALUE overrides."""
     config = base.get_config(f"bd3lm,block_size={BLOCK_SIZE}" if objective == "bd3lm" else objective)
     config.model.update(length=256, width=256, num_layers=8, num_heads=8, cond_dim=64)
-    config.model.update(attention_chunk=64, scan_unroll=8)
     config.training.batch_size = config.eval.batch_size = config.sampling.batch_size = 8
     config.sampling.max_length = 256
     for override in overrides:

@@ -13,7 +13,9 @@ products counted in the program, and times that follow from published peaks are 
 """
 
 import argparse
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,14 +59,12 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     overrides: dict[str, Any] = {path: _literal(value) for path, value in own.items()}
     if options.baseline:
         overrides |= {"model.attention": "dense", "model.max_logits": 2**40}
+    machines = options.topologies or [topology for chip in options.chips for topology in MACHINES[chip]]
     found = []
-    for chip in options.chips:
-        for topology in options.topologies or MACHINES[chip]:
-            for size in options.sizes:
-                unrolled = {"model.scan_unroll": owt.SIZES[size][1]} if options.unroll or options.baseline else {}
-                for model in options.models:
-                    cell = dict(topology=topology, size=size, model=model, rows_per_chip=options.rows)
-                    found.append(cell | {"overrides": overrides | unrolled})
+    for topology, size, model in itertools.product(machines, options.sizes, options.models):
+        unrolled = {"model.scan_unroll": owt.SIZES[size][1]} if options.unroll or options.baseline else {}
+        cell = dict(topology=topology, size=size, model=model, rows_per_chip=options.rows)
+        found.append(cell | {"overrides": overrides | unrolled})
     return found
 
 
@@ -101,7 +101,7 @@ def table(records: list[dict[str, Any]]) -> str:
             continue
         report = Report.from_record(record["report"])
         times = report.roofline(targets.parse(record["topology"]).chip)
-        bound = max(seconds for seconds in times.values() if seconds == seconds)
+        bound = max((seconds for seconds in times.values() if not math.isnan(seconds)), default=math.nan)
         moved, estimate = report.compiler_bytes, report.compiler_seconds
         cells += ["yes" if report.fits else "no", "-" if report.needed is None else amount(report.needed)]
         cells += [amount(report.memory["temporaries"]) if report.fits else "-", f"{report.program_flops / 1e12:.2f}"]

@@ -10,7 +10,7 @@ import pytest
 
 import bd3_jax.configs
 from bd3_jax.config import SAMPLERS, Config, can_clip, from_config_dict
-from bd3_jax.configs import base
+from bd3_jax.configs import base, owt
 from bd3_jax.errors import UserError
 
 CONFIGS = sorted(
@@ -192,3 +192,14 @@ def test_an_interval_is_allowed_where_a_number_of_masked_tokens_fits(block_size)
         assert not can_clip(block_size, (k + 0.4) / block_size, (k + 0.6) / block_size)
     assert can_clip(block_size, 1e-3, 0.9999 / block_size)  # nothing masked: the lower bound is waived
     assert not can_clip(block_size, 0.002, 0.9999 / block_size)
+
+
+def test_owt_is_the_papers_small_model_and_has_others():
+    config = from_config_dict(owt.get_config("sedd"))
+    m, o = config.model, config.optimizer
+    assert (m.width, m.num_layers, m.num_heads, m.cond_dim) == (768, 12, 12, 128)
+    assert (config.training.batch_size, o.learning_rate, o.warmup_steps, o.ema_decay) == (512, 3e-4, 2500, 0.9999)
+    medium = from_config_dict(owt.get_config("bd3lm,block_size=8,size=medium"))
+    assert (medium.block_size, medium.model.width, medium.model.num_layers) == (8, 1024, 24)
+    with pytest.raises(UserError, match="found size=huge, allowed: tiny, small, medium"):
+        owt.get_config("ar,size=huge")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from bd3_jax import config as settings
 from bd3_jax.compiling import hlo, targets
-from bd3_jax.compiling.programs import product_flops, trace
+from bd3_jax.compiling.programs import largest_values, product_flops, trace
 from bd3_jax.compiling.report import Report, advice
 from bd3_jax.errors import UserError
 
@@ -72,7 +72,9 @@ def compile_program(
         compiler_seconds=seconds if seconds is not None and seconds > 0 else None,
         cycles=hlo.estimated_cycles(text),
         collectives=hlo.collectives(text, len(devices)),
-        largest=hlo.largest_buffers(message) or hlo.largest_arrays(text),
+        largest=hlo.largest_buffers(message)
+        or hlo.largest_arrays(text)
+        or largest_values(program.traced.jaxpr, program.rows, shards),
         advice=[] if fits else advice(config, mode, program.held, chip, shards, len(devices)),
         lower_seconds=lowered_at - began,
         compile_seconds=finished - lowered_at,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3_jax import sharding
+from bd3_jax.compiling.hlo import Buffer
 from bd3_jax.config import Config
 from bd3_jax.data.corpora import get_corpus
 from bd3_jax.errors import UserError
@@ -76,11 +77,18 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
 
 
 def for_platform(config: Config, platform: str) -> Config:
-    """Settings with 'auto' as it is decided on `platform`, which is not the one that this process runs on."""
-    model = config.model
-    if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype="float32" if platform == "cpu" else "bfloat16")
-    return dataclasses.replace(config, model=model)
+    """Settings with 'auto' and 0 as they are decided on `platform`, which is not the one that this process runs on."""
+    model, on_cpu = config.model, platform == "cpu"
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
+            attention_chunk=model.attention_chunk or (64 if on_cpu else 256),
+            scan_unroll=model.scan_unroll or (model.num_layers if on_cpu else 1),
+            max_logits=model.max_logits or (2**24 if on_cpu else 2**26),
+        ),
+    )
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:
@@ -140,3 +148,31 @@ def _jaxprs(value: Any) -> list[Any]:
     if hasattr(value, "jaxpr"):
         return _jaxprs(value.jaxpr)
     return [found for item in value for found in _jaxprs(item)] if isinstance(value, tuple | list) else []
+
+
+def largest_values(jaxpr: Any, rows: int, shards: int, count: int = 5) -> list[Buffer]:
+    """The largest products, and the largest arrays that a scan keeps for each turn, as they are before any fusion.
+
+    For a compiler that says only how much it lacks. Sizes are those on one chip: what has the `rows` of the batch
+    among its dimensions is split into `shards`. Each shape is named once.
+    """
+    found: dict[str, Buffer] = {}
+
+    def visit(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            for value in equation.params.values():
+                for inner in _jaxprs(value):
+                    visit(inner)
+            name = equation.primitive.name
+            if name not in ("dot_general", "scan"):
+                continue
+            # A scan returns what it carries first.
+            for made in equation.outvars[equation.params["num_carry"] if name == "scan" else 0 :]:
+                size = made.aval.size * made.aval.dtype.itemsize // (shards if rows in made.aval.shape else 1)
+                shape = made.aval.str_short()
+                operation = f"{equation.source_info.name_stack}/{name}".removeprefix("/")
+                if shape not in found or found[shape].size < size:
+                    found[shape] = Buffer(size, shape, operation)
+
+    visit(jaxpr)
+    return sorted(found.values(), key=lambda buffer: -buffer.size)[:count]

@@ -122,6 +122,10 @@ def advice(config: Config, mode: str, held: dict[str, int], chip: Chip, shards: 
         found.append("--config.model.dtype=bfloat16 (half the activations)")
     if config.model.attention == "dense":
         found.append("--config.model.attention=auto (no [2L, 2L] scores)")
+    if mode == "train" and config.model.remat != "full":
+        found.append(
+            f"--config.model.remat={'block' if config.model.remat == 'none' else 'full'} (more computed again)"
+        )
     if config.mesh.fsdp < chips and sum(held.values()) > chip.memory / 4:
         found.append(f"--config.mesh.fsdp={chips} (parameters and optimiser split over the chips)")
     group = GROUPS[mode]

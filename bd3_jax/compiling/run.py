@@ -37,6 +37,7 @@ def compile_for(config: Config, topology: str, mode: str, vocab_size: int = 0) -
             f"--topology={topology} takes the compiler of {needs}, which is not installed; "
             f"allowed: after pip install 'bd3_jax[{target.chip.platform}]'"
         )
+    print(f"compiling {mode} for {topology}, {config.to_dict()[GROUPS[mode]]['batch_size']} rows", file=sys.stderr)
     request = {"config": config.to_dict(), "topology": topology, "mode": mode, "vocab_size": vocab_size}
     done = subprocess.run(
         [sys.executable, "-m", "bd3_jax.compiling.child"],

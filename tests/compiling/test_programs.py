@@ -26,6 +26,16 @@ def test_products_are_counted_through_scans_branches_and_gradients():
     assert programs.product_flops(batched) == 2 * 7 * 2 * 3 * 5
 
 
+def test_the_largest_values_are_products_and_what_scans_keep():
+    def kept(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), x @ w), x, length=3)[1]
+
+    jaxpr = jax.make_jaxpr(kept)(jnp.ones((8, 4)), jnp.ones((4, 4)))
+    stacked, product = programs.largest_values(jaxpr, rows=8, shards=2)
+    assert (stacked.size, stacked.shape) == (3 * 8 * 4 * 4 // 2, "float32[3,8,4]")
+    assert (product.size, product.shape) == (8 * 4 * 4 // 2, "float32[8,4]")
+
+
 def test_the_ids_are_those_of_the_tokenizer_without_reading_it():
     config = from_config_dict(owt.get_config("mdlm"))
     assert programs.special_ids(config, 0).vocab_size == 50258

@@ -33,9 +33,12 @@ def tiny(tmp_path):
 
 
 def test_training_on_two_devices(tiny, tmp_path, capsys):
-    """Gradients of every parameter, in float32, are summed over the devices: that is the one large collective."""
+    """Gradients of every parameter, in float32, are summed over the devices: that is all that is.
+
+    Of AR's: the projections of adaLN have gradients of rank 1, which are summed before they are multiplied out.
+    """
     file = tmp_path / "figures.json"
-    assert cli.main(["compile", tiny, "--topology=cpu:2", f"--json={file}"]) == 0
+    assert cli.main(["compile", tiny.replace("bd3lm,block_size=4", "ar"), "--topology=cpu:2", f"--json={file}"]) == 0
     (record,) = json.loads(file.read_text())
     report = Report.from_record(record)
     assert report.fits
@@ -43,7 +46,7 @@ def test_training_on_two_devices(tiny, tmp_path, capsys):
     assert report.memory["average (EMA)"] == held
     assert 2 * held <= report.memory["optimiser"] < 2 * held + 100
     reduced = sum(c.size for c in report.collectives if c.kind == "all-reduce")
-    assert held <= reduced < 1.1 * held + 2000
+    assert 0.98 * held < reduced < 1.02 * held
     assert all(c.group == 2 for c in report.collectives)
     assert "fits" in capsys.readouterr().out
 
@@ -67,7 +70,7 @@ def test_mistakes_are_one_line(tiny, flags, said, capsys):
     assert cli.main(["compile", tiny, *flags]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert error.count("\n") == 1
+    assert [line for line in error.splitlines() if not line.startswith("compiling train")] == [error.splitlines()[-1]]
 
 
 def report(fits):
@@ -95,9 +98,28 @@ def test_advice_names_what_is_set():
     held = {"parameters": 8 * GIB}
     found = advice(dense, "train", held, CHIPS["v5e"], shards=4, chips=4)
     assert [line.split(" ")[0] for line in found] == [
-        "--config.model.dtype=bfloat16", "--config.model.attention=auto", "--config.mesh.fsdp=4",
-        "--config.training.batch_size=256",
+        "--config.model.dtype=bfloat16", "--config.model.attention=auto", "--config.model.remat=block",
+        "--config.mesh.fsdp=4", "--config.training.batch_size=256",
     ]  # fmt: skip
-    few = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=4))
-    (only,) = advice(few, "train", {"parameters": GIB}, CHIPS["v5e"], shards=4, chips=4)
+    few = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=4))
+    (only,) = advice(few, "eval", {"parameters": GIB}, CHIPS["v5e"], shards=4, chips=4)
     assert only.startswith("--config.mesh.tensor=2")
+
+
+@pytest.mark.parametrize("begin", [4, 512])
+def test_search_finds_the_largest_power_of_two_for_every_policy(begin):
+    """Against a machine whose memory is known: 4, 8 and 16 rows a chip, or none."""
+    room = {"none": 4, "block": 8, "full": 16}
+    config = from_config_dict(owt.get_config("bd3lm,block_size=4"))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=begin))
+
+    def compile_one(config, topology, mode, vocab_size):
+        rows, left = divmod(config.training.batch_size, 4)
+        assert left == 0
+        return dataclasses.replace(report(fits=rows <= room[config.model.remat]), rows=4 * rows)
+
+    found = {policy: (rows, best.rows) for policy, rows, best in run.search(config, "v5e:2x2", "train", 0, compile_one)}
+    assert found == {policy: (rows, 4 * rows) for policy, rows in room.items()}
+    room["none"] = 0
+    policy, rows, tried = next(run.search(config, "v5e:2x2", "train", 0, compile_one))
+    assert (policy, rows, tried.rows, tried.fits) == ("none", 0, 4, False)

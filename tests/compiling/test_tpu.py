@@ -1,0 +1,60 @@
+"""With the TPU's compiler, in an environment of its own: `make test-all` makes it."""
+
+import importlib.util
+import json
+
+import pytest
+
+from bd3_jax import cli
+from bd3_jax.compiling.report import Report
+from bd3_jax.compiling.targets import GIB
+from tests.compiling.test_run import TINY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"),
+]
+
+
+@pytest.fixture
+def compile_tiny(tmp_path):
+    """Compiles with flags; (exit status, report or None)."""
+    path, file = tmp_path / "tiny.py", tmp_path / "figures.json"
+    path.write_text(TINY)
+
+    def compile_with(*flags):
+        try:
+            status = cli.main(["compile", f"--config={path}:bd3lm,block_size=4", f"--json={file}", *flags])
+        except SystemExit as exit_info:
+            status = exit_info.code
+        return status, Report.from_record(json.loads(file.read_text())[0]) if file.exists() else None
+
+    return compile_with
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_a_small_model_fits_every_chip(compile_tiny, topology):
+    status, report = compile_tiny(f"--topology={topology}")
+    assert status == 0
+    assert report.chips == 4
+    assert sum(c.count for c in report.collectives) >= 1
+    assert report.cycles > 0
+    assert report.compiler_bytes > 0
+
+
+def test_the_compiler_says_what_does_not_fit(compile_tiny):
+    """16,384 rows of 1,024 tokens on a chip: its own error is the verdict."""
+    status, report = compile_tiny(
+        "--topology=v5e:2x2", "--config.training.batch_size=65536", "--config.model.length=1024"
+    )  # fmt: skip
+    assert status == 1
+    assert not report.fits
+    assert report.needed > report.available == int(15.75 * GIB)
+    assert report.largest
+    assert any("batch_size" in setting for setting in report.advice)
+
+
+def test_a_shape_that_is_not_built(compile_tiny, capsys):
+    status, _ = compile_tiny("--topology=v5e:3x7")
+    assert status == 2
+    assert "no machine that its compiler knows" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The benchmark and the report on absent chips, on models that take seconds."""
+
+import json
+
+import pytest
+
+from bd3_jax.errors import UserError
+
+TINY = {"model.length": 16, "model.width": 16, "model.num_layers": 2, "model.num_heads": 2, "model.cond_dim": 8}
+
+
+def test_a_setting_that_is_not_there(script):
+    with pytest.raises(UserError, match=r"--set=model\.depth=3"):
+        script("benchmark").configure("ar", ["model.depth=3"])
+    assert script("benchmark").configure("bd3lm", ["model.width=64", "model.dropout=0"]).model.width == 64
+
+
+@pytest.mark.slow
+def test_benchmark(script, tmp_path, capsys):
+    """Figures that follow from each other agree; every mode has a row."""
+    file = tmp_path / "benchmark.json"
+    flags = [f"--set={name}={value}" for name, value in (TINY | {"sampling.max_length": 16}).items()]
+    script("benchmark").main(["--objectives=bd3lm", "--vocab_sizes=11", "--rounds=1", f"--json={file}", *flags])
+    record = json.loads(file.read_text())
+    assert [result["mode"] for result in record["results"]] == ["train", "eval", "sample"]
+    for result in record["results"]:
+        assert result["tokens_per_second"] * result["step_seconds"] == pytest.approx(8 * 16)
+        assert result["memory"] > 0
+    train, evaluation, _ = record["results"]
+    assert train["flops"] > 2 * evaluation["flops"]  # the backward pass is two more products for each
+    assert train["peak_fraction"] == pytest.approx(train["flops"] / train["step_seconds"] / record["matmul_peak"])
+    assert capsys.readouterr().out.count("| bd3lm |") == 3
+
+
+@pytest.mark.slow
+def test_compile_report_goes_on_where_it_was(script, tmp_path, monkeypatch):
+    file = tmp_path / "cells.json"
+    flags = [f"--set={name}={value}" for name, value in TINY.items()]
+    args = ["--topologies=cpu:2", "--sizes=tiny", "--models=ar", "--rows=2", f"--json={file}", *flags]
+    report = script("compile_report")
+    report.main(args)
+    (record,) = json.loads(file.read_text())
+    assert record["report"]["fits"]
+    assert record["report"]["rows"] == 4
+    assert "| cpu:2 | tiny | ar | 2 |" in file.with_suffix(".md").read_text()
+    monkeypatch.setattr(report, "compile_for", None)  # what is in the file is not compiled again
+    report.main(args)
