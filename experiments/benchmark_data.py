@@ -1,4 +1,4 @@
-"""How fast text becomes rows and rows become batches, as ratios that any machine can repeat; a minute and a half.
+"""How fast text becomes rows and rows become batches, as ratios that any machine can repeat; some two minutes.
 
     python experiments/benchmark_data.py [--source=WHEEL] [--out=FILE.json]
 
@@ -7,8 +7,8 @@
 - The peak memory of preparing 20 times as much text, beside that of preparing it once.
 - Rows read by the training pipeline per second, beside the rows that the quickstart's model trains on per second.
 
-The text is that of the quickstart. Every figure is taken in a process of its own, the first two with one thread; the
-first one is the median of three rounds, in which both sides take turns.
+The text is that of the quickstart. Every figure is taken in a process of its own, those of the first line with one
+thread; they are medians of three rounds, in which both sides take turns.
 """
 
 import argparse
@@ -68,9 +68,9 @@ def write_text(folder: Path, source: str) -> float:
     return size / 1e6
 
 
-def settings(source: Path, directory: Path) -> DataConfig:
+def settings(source: Path, directory: Path, tokenizer: str = "gpt2") -> DataConfig:
     data = quickstart.get_config().data
-    data.update(corpus="files", source=str(source), directory=str(directory), tokenizer="gpt2")
+    data.update(corpus="files", source=str(source), directory=str(directory), tokenizer=tokenizer)
     return DataConfig(**data.to_dict())
 
 
@@ -154,6 +154,7 @@ def _send(pipe: Any, measure: Callable[..., float], args: tuple[Any, ...]) -> No
 def throughput(folder: Path, text: Path, megabytes: float) -> dict[str, float]:
     os.environ["RAYON_NUM_THREADS"] = "1"  # of `tokenizers`, in the processes that follow
     rounds = [(alone(plain, text)[0], alone(preparing, text, folder / f"rows{n}")[0]) for n in range(ROUNDS)]
+    del os.environ["RAYON_NUM_THREADS"]
     return {
         "encode_batch_megabytes_per_second": megabytes / statistics.median(seconds for seconds, _ in rounds),
         "prepare_megabytes_per_second": megabytes / statistics.median(seconds for _, seconds in rounds),
@@ -171,9 +172,8 @@ def memory(folder: Path, text: Path) -> dict[str, float]:
 
 
 def pipeline(folder: Path, text: Path) -> dict[str, float]:
-    del os.environ["RAYON_NUM_THREADS"]
     config = quickstart.get_config()
-    config.data.update(dataclasses.asdict(settings(text, folder / "short")))
+    config.data.update(dataclasses.asdict(settings(text, folder / "short", tokenizer="bpe")))
     resolved = from_config_dict(config)
     prepare(resolved.data, resolved.model.length)
     (read, _), (trained, _) = alone(reading, resolved), alone(training, resolved)
