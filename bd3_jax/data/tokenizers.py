@@ -113,7 +113,13 @@ def load_tokenizer(directory_or_name: epath.PathLike) -> Tokenizer:
             f"data.tokenizer is {str(directory_or_name)!r}; allowed: {', '.join([TRAINED, *_NAMED])}, or the path of a "
             "tokenizer.json"
         )
-    return Tokenizer(path.read_text(encoding="utf-8"), origin=str(path))
+    return _built(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.lru_cache(maxsize=1)
+def _built(content: str, origin: str) -> Tokenizer:
+    """GPT-2's takes half a second, which every shard of a preparation would spend again."""
+    return Tokenizer(content, origin)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
