@@ -69,15 +69,22 @@ def append_metrics(workdir: epath.Path, record: Record) -> None:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def drop_after(workdir: epath.Path, step: int) -> None:
+def drop_after(workdir: epath.Path, step: int, measured: int | None = None) -> None:
     """Drops the records of later steps, and what a kill left of a last line.
+
+    Where `measured` is given, so go those of validations and samples after that step.
 
     Raises:
       UserError: the file cannot be written, or is no run's.
     """
     path = workdir / FILE_NAME
     if path.exists():
-        kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+        last = step if measured is None else measured
+        kept = [
+            record
+            for record in read_metrics(workdir)
+            if record["step"] <= (last if "eval/split" in record or "samples/text" in record else step)
+        ]
         with writing(path):
             _write(path, kept)
 

@@ -1,6 +1,8 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,6 +75,25 @@ def param_shardings(mesh: Mesh, network: Network) -> Params:
     return jax.tree.map(
         lambda array, logical: spec(mesh, logical, array.shape), network.abstract_params(), network.logical_axes()
     )
+
+
+def host_share(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
+    """(p, P): this host reads part p of the P equal parts into which hosts split a batch.
+
+    Hosts whose devices hold the same rows, as where `tensor` spans them, read the same part.
+    """
+    parts: dict[int, set[int]] = {}
+    indices: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map((batch_size,))
+    for device, (rows,) in indices.items():
+        parts.setdefault(device.process_index, set()).add(rows.start or 0)
+    own = sorted(parts[jax.process_index()])
+    distinct = sorted({tuple(sorted(starts)) for starts in parts.values()})
+    return distinct.index(tuple(own)), len(distinct)
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array that every host has whole, as one array over the mesh; hosts need not speak with each other."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def global_batch(rows: Int32[np.ndarray, "local_b L"], batch_size: int, sharding: NamedSharding) -> Int32[Array, "b L"]:

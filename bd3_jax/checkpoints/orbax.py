@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+)
 
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.config import Config
@@ -34,17 +40,31 @@ logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orb
 class Checkpoints:
     """The checkpoints of one run, written while training goes on."""
 
-    def __init__(self, workdir: epath.Path, keep: int):
-        """`keep`: the last so many are kept."""
-        options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
+    def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
+        """Kept are the last `keep`, those of every so many steps, and the `best` with the lowest score; 0: none."""
+        policies: list[PreservationPolicy] = [LatestN(keep)]
+        if every:
+            policies.append(EveryNSteps(every))
+        if best:
+            score = lambda metrics: metrics["score"]
+            policies.append(BestN(get_metric_fn=score, reverse=True, n=best, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(workdir.resolve() / FOLDER, options=options)
 
     def save(
-        self, step: int, state: Any, position: dict[str, Any], stream: grain.DatasetIterator | None = None
+        self,
+        step: int,
+        state: Any,
+        position: dict[str, Any],
+        stream: grain.DatasetIterator | None = None,
+        score: float | None = None,
     ) -> None:
         """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`.
 
-        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state.
+        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state. `score`:
+        the lower the better.
 
         Raises:
           UserError: the disk is full, or the like; it may be the one before that could not be written.
@@ -55,7 +75,8 @@ class Checkpoints:
             position = position | {"hosts": jax.process_count()}
         items["position"] = ocp.args.JsonSave(position)
         with self._saving():
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            metrics = None if score is None else {"score": score}
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def restore(
         self, step: int, abstract: State, stream: grain.DatasetIterator | None = None

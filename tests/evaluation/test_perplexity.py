@@ -19,7 +19,9 @@ from bd3_jax.language_model import LanguageModel
 
 
 def settings(**changes):
-    base = EvalConfig("validation", batch_size=4, num_batches=0, estimator="monte_carlo", seed=0, weights="ema")
+    base = EvalConfig(
+        "validation", batch_size=4, num_batches=0, estimator="monte_carlo", both_estimators=False, seed=0, weights="ema"
+    )
     return dataclasses.replace(base, **changes)
 
 

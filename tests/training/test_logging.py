@@ -11,25 +11,25 @@ from bd3_jax.metrics import append_metrics, read_metrics
 from bd3_jax.training.logging import MetricLog
 
 
-def test_a_resumed_run_repeats_no_step(tmp_path):
+def test_a_resumed_run_repeats_no_step(tiny_config, tmp_path):
     for step in range(5):
         append_metrics(tmp_path, {"step": step, "train/loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "train/lo')  # killed while it wrote
-    log = MetricLog(tmp_path, keep=2)
+    log = MetricLog(tmp_path, tiny_config("ar"), keep=2)
     log.write(3, {"train/loss": 2.0})
     log.close()
     assert [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
 
 
-def test_a_fresh_run_keeps_nothing(tmp_path):
+def test_a_fresh_run_keeps_nothing(tiny_config, tmp_path):
     append_metrics(tmp_path, {"step": 0})
-    MetricLog(tmp_path, keep=-1).close()
+    MetricLog(tmp_path, tiny_config("ar"), keep=-1).close()
     assert read_metrics(tmp_path) == []
 
 
-def test_tensorboard_has_the_numbers(tmp_path):
-    log = MetricLog(tmp_path, keep=6)
+def test_tensorboard_has_the_numbers(tiny_config, tmp_path):
+    log = MetricLog(tmp_path, tiny_config("ar"), keep=6)
     log.write(7, {"train/loss": 2.5, "eval/split": "validation", "eval/insert_eos": True, "eval/tokens": 12})
     log.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -42,10 +42,10 @@ def test_tensorboard_has_the_numbers(tmp_path):
     assert scalars == {(7, "train/loss"): 2.5, (7, "eval/tokens"): 12}
 
 
-def test_a_full_disk_is_one_line_and_the_end(tmp_path):
+def test_a_full_disk_is_one_line_and_the_end(tiny_config, tmp_path):
     """TensorBoard's file cannot grow, the records can."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
-    log = MetricLog(tmp_path, keep=-1)
+    log = MetricLog(tmp_path, tiny_config("ar"), keep=-1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
     try:
