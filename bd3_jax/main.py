@@ -6,6 +6,10 @@ python -m bd3_jax.main --mode=train|eval|sample (the same flags)
 --config   settings, as in configs/quickstart.py:bd3lm,block_size=8; without it, those in DIR/config.json
 --workdir  folder of the run: checkpoints, metrics, samples
 --config.GROUP.NAME=VALUE  overrides one setting; configs/base.py lists them with their meaning
+
+On several hosts the same command runs on each. They find each other on TPU and under Slurm; elsewhere by
+--coordinator=HOST:PORT of process 0, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+and JAX_PROCESS_ID in the environment). A process that is not heard of for --heartbeat_timeout seconds ends the run.
 """
 
 import sys
@@ -30,6 +34,10 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     if mode is None:
         flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds", lower_bound=1, flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
     workdir = epath.Path(command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart"))
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
@@ -37,19 +45,21 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     # Imported here, so that a mistake is reported at once and before any device is taken.
     from bd3_jax import runtime
 
-    runtime.start()
-    if mode == "train":
-        from bd3_jax.training.loop import train
+    names = ("coordinator", "num_processes", "process_id", "heartbeat_timeout")
+    runtime.start(runtime.Processes.of(*(values[name].value for name in names)))
+    with runtime.alongside_others():
+        if mode == "train":
+            from bd3_jax.training.loop import train
 
-        train(config, workdir)
-    elif mode == "eval":
-        from bd3_jax.evaluation.perplexity import evaluate
+            train(config, workdir)
+        elif mode == "eval":
+            from bd3_jax.evaluation.perplexity import evaluate
 
-        evaluate(config, workdir)
-    else:
-        from bd3_jax.sampling.run import sample
+            evaluate(config, workdir)
+        else:
+            from bd3_jax.sampling.run import sample
 
-        sample(config, workdir)
+            sample(config, workdir)
 
 
 if __name__ == "__main__":

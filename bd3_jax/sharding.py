@@ -91,9 +91,10 @@ def host_share(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
     return distinct.index(tuple(own)), len(distinct)
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """An array that every host has whole, as one array over the mesh; hosts need not speak with each other."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def place(array: np.ndarray | np.generic, sharding: jax.sharding.Sharding) -> Array:
+    """What every host has whole as one array over the mesh; hosts need not speak with each other."""
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def global_batch(rows: Int32[np.ndarray, "local_b L"], batch_size: int, sharding: NamedSharding) -> Int32[Array, "b L"]:

@@ -63,7 +63,7 @@ def train(config: Config, workdir: epath.Path) -> None:
 
 
 def _train(config: Config, workdir: epath.Path) -> None:
-    training, num_steps = config.training, config.training.num_steps
+    training, num_steps, host = config.training, config.training.num_steps, jax.process_index()
 
     # ---------------------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(config.mesh)
@@ -104,7 +104,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
     update = program.update.compile()
 
     # ------------------------------------------------------------------------------------------- state and log
-    if jax.process_index() == 0:
+    if host == 0:
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             run_folder.write_config(config, workdir)
@@ -135,7 +135,8 @@ def _train(config: Config, workdir: epath.Path) -> None:
         if step % training.eval_every == 0 or last:
             found = validate(state, step, stop)
             log.write(step, found.record())
-            bar.write(f"step {step}: {found.headline()}")
+            if host == 0:
+                bar.write(f"step {step}: {found.headline()}")
             scores[step] = found.results[0].nll
             if found.search:
                 state = with_interval(state, found.search.best)
@@ -166,7 +167,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
         initial=start,
         unit="step",
         mininterval=often,
-        disable=jax.process_index() != 0,
+        disable=host != 0,
     )
     with StopSignals() as stop, closing(checkpoints), closing(log), closing(batches), closing(profiler), bar:
         try:

@@ -67,8 +67,8 @@ def save_failed(workdir: epath.Path, state: TrainState, step: Step, config: Conf
     """
     before = dataclasses.replace(
         state,
-        step=jax.device_put(jnp.int32(step.number - 1), state.step.sharding),
-        skipped=jax.device_put(jnp.int32(config.training.max_skipped - 1), state.skipped.sharding),
+        step=sharding.place(np.int32(step.number - 1), state.step.sharding),
+        skipped=sharding.place(np.int32(config.training.max_skipped - 1), state.skipped.sharding),
     )
     values = {
         "rows": multihost_utils.process_allgather(step.batch, tiled=True).tolist(),

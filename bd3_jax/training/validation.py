@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from bd3_jax import sharding
@@ -78,7 +78,7 @@ class Validator:
 
 def with_interval(state: TrainState, interval: tuple[float, float]) -> TrainState:
     """The state whose next update draws t ~ U[low, high]."""
-    low, high = (jax.device_put(jnp.float32(bound), state.low.sharding) for bound in interval)
+    low, high = (sharding.place(np.float32(bound), state.low.sharding) for bound in interval)
     return dataclasses.replace(state, low=low, high=high)
 
 

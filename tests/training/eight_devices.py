@@ -18,8 +18,8 @@ from bd3_jax.config import MeshConfig, from_config_dict
 from bd3_jax.configs import workdir
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.training.update import make_update
 from bd3_jax.training.state import init_state, make_optimizer, shard_state
+from bd3_jax.training.update import make_update
 
 STEPS = 4
 
