@@ -118,6 +118,25 @@ def convert(argv: Sequence[str]) -> None:
     print(f"written to {write(*paths, **options)}")
 
 
+def replay(argv: Sequence[str]) -> None:
+    """Repeats the step at which a training stopped since loss or gradient were not finite (exit status 3).
+
+    bd3 replay --workdir=DIR [--config.GROUP.NAME=VALUE ...]
+
+    Prints key, interval, loss, gradient norm and which gradients are not finite. Exits 1 if it is not the same step.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    config = command_line.parse(argv, values, usage=replay.__doc__ or "")
+    workdir = epath.Path(command_line.required(values, "workdir", "the folder of the run"))
+    from bd3_jax import runtime
+    from bd3_jax.training.replay import replay as repeat
+
+    runtime.start()
+    if not repeat(config, workdir):
+        raise SystemExit(1)
+
+
 VERBS = {
     "prepare": Verb("turn a corpus into rows of tokens", prepare),
     "inspect": Verb("what is in a prepared corpus", inspect),
@@ -126,6 +145,7 @@ VERBS = {
     "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),
     "convert": Verb("write a checkpoint in the authors' layout, or in ours", convert),
     "parity": Verb("compare with numbers stored by the authors' implementation", parity),
+    "replay": Verb("repeat the step at which a training found its numbers not finite", replay),
     "report": Verb("a run's curves, samples and settings as one HTML page", report),
 }
 

@@ -3,6 +3,10 @@
 bd3 train|eval|sample --config=FILE.py[:STRING] --workdir=DIR [--config.GROUP.NAME=VALUE ...]
 python -m bd3_jax.main --mode=train|eval|sample (the same flags)
 
+bd3 eval --watch               evaluates every checkpoint that the run saves, until its last
+bd3 eval --suite=zeroshot      evaluates the newest on every corpus of the paper's table 5 that is prepared as
+                               --suite_data/CORPUS, and prints the published row beside it
+
 --config   settings, as in configs/quickstart.py:bd3lm,block_size=8; without it, those in DIR/config.json
 --workdir  folder of the run: checkpoints, metrics, samples
 --config.GROUP.NAME=VALUE  overrides one setting; configs/base.py lists them with their meaning
@@ -19,6 +23,7 @@ from absl import flags
 from etils import epath
 
 from bd3_jax import command_line
+from bd3_jax.errors import UserError
 
 MODES = ("train", "eval", "sample")
 
@@ -38,9 +43,18 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("heartbeat_timeout", 100, "seconds", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("watch", False, "evaluate every checkpoint of the run", flag_values=values)
+    flags.DEFINE_enum("suite", None, ("zeroshot",), "corpora to evaluate on", flag_values=values)
+    flags.DEFINE_string("suite_data", "data", "folder with a prepared folder a corpus", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
     workdir = epath.Path(command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart"))
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
+
+    watched, suite = values["watch"].value, values["suite"].value
+    if (watched or suite) and mode != "eval":
+        raise UserError(f"--{'watch' if watched else 'suite'} is for eval, not for {mode}")
+    if watched and suite:
+        raise UserError("--watch and --suite are both given; allowed: one of them")
 
     # Imported here, so that a mistake is reported at once and before any device is taken.
     from bd3_jax import runtime
@@ -52,6 +66,14 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
             from bd3_jax.training.loop import train
 
             train(config, workdir)
+        elif watched:
+            from bd3_jax.evaluation.watch import watch
+
+            watch(config, workdir)
+        elif suite:
+            from bd3_jax.evaluation.suite import evaluate_suite
+
+            evaluate_suite(config, workdir, epath.Path(values["suite_data"].value))
         elif mode == "eval":
             from bd3_jax.evaluation.perplexity import evaluate
 

@@ -38,13 +38,13 @@ def read_records(path: epath.Path) -> list[Record]:
     return records
 
 
-def read_metrics(workdir: epath.Path) -> list[Record]:
-    """The records of a run, each with its `step`; none where there is no file.
+def read_metrics(workdir: epath.Path, file_name: str = FILE_NAME) -> list[Record]:
+    """The records of a run, or of another such file, each with its `step`; none where there is no file.
 
     Raises:
       UserError: the file is damaged, or no run's.
     """
-    path = workdir / FILE_NAME
+    path = workdir / file_name
     records = read_records(path)
     for record in records:
         if type(record.get("step")) is not int:
@@ -52,19 +52,19 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
     return records
 
 
-def append_metrics(workdir: epath.Path, record: Record) -> None:
-    """Appends a line to the metrics of a run; a number that is not finite becomes null, since JSON has none.
+def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NAME) -> None:
+    """Appends a line to the metrics of a run, or to another such file.
 
-    What a kill left of a last line goes first.
+    A number that is not finite becomes null, since JSON has none. What a kill left of a last line goes first.
 
     Raises:
       UserError: the file cannot be written, or is no run's.
     """
-    path = workdir / FILE_NAME
+    path = workdir / file_name
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with writing(path):
         if not _is_whole(path):
-            _write(path, read_metrics(workdir))
+            _write(path, read_metrics(workdir, file_name))
         with path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 

@@ -126,21 +126,32 @@ def latest_step(workdir: epath.Path) -> int | None:
     return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
 
 
+def steps(workdir: epath.Path) -> list[int]:
+    """Steps of all complete checkpoints of a run, ascending; nothing is created."""
+    folder = workdir.resolve() / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def restore_params(
-    config: Config, workdir: epath.Path, weights: Literal["ema", "raw"], shardings: Any = None
+    config: Config,
+    workdir: epath.Path,
+    weights: Literal["ema", "raw"],
+    shardings: Any = None,
+    step: int | None = None,
 ) -> tuple[dict[str, Any], int]:
-    """The averaged or the raw parameters of a run's newest checkpoint, and its step; nothing else is read.
+    """The averaged or the raw parameters of a run's checkpoint, and its step; nothing else is read.
 
     Args:
       config: what the parameters are wanted for.
       workdir: the run.
       weights: which.
       shardings: of every parameter, or one for all; None is the first device.
+      step: of the checkpoint; the newest by default.
 
     Raises:
       UserError: if there is no checkpoint, or it is one of another architecture.
     """
-    step = require_checkpoint(workdir)
+    step = require_checkpoint(workdir) if step is None else step
     run_folder.check_architecture(config, workdir)
     field = "ema" if weights == "ema" else "params"
     return _read(workdir, step, {field: shardings})[field], step

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.metrics import FILE_NAME as METRICS
 from bd3_jax.metrics import append_metrics
 from bd3_jax.models.transformer import Params
 from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings, place
@@ -242,42 +243,66 @@ def _compiled(
     return jax.jit(sum_losses, out_shardings=everywhere)
 
 
-def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
-    """Evaluates the latest checkpoint of a run on the whole of `config.eval.split`, prints and records the figures.
+class OpenRun(NamedTuple):
+    """A checkpoint on the devices, and how they split batches of `config.eval.batch_size` rows."""
+
+    step: int
+    lm: LanguageModel
+    params: Params
+    split: jax.sharding.NamedSharding
+
+
+def open_run(config: Config, workdir: epath.Path, dataset: Dataset | Stream, step: int | None = None) -> OpenRun:
+    """Opens the checkpoint of that step, the newest by default, for rows such as those of `dataset`.
+
+    Raises:
+      UserError: if there is none, or run, rows and settings do not fit each other.
+    """
+    mesh = make_mesh(config.mesh)
+    split = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
+    check_tokenizer(dataset, workdir)
+    lm = LanguageModel.from_config(config, dataset.tokenizer.ids, batch_shards(mesh))
+    shardings = param_shardings(mesh, lm.network)
+    params, found = orbax.restore_params(config, workdir, config.eval.weights, shardings, step)
+    return OpenRun(found, lm, params, split)
+
+
+def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_name: str = METRICS) -> dict[str, Any]:
+    """Evaluates a checkpoint on the whole of `config.eval.split`, prints and records the figures.
+
+    Args:
+      config: settings of the run, and how to evaluate.
+      workdir: the run.
+      step: of the checkpoint; the newest by default.
+      file_name: of the records in `workdir` to which this one is appended.
 
     Returns:
-      the record that was appended to `workdir/metrics.jsonl`: `step`, `eval/nll`, `eval/perplexity` and the like.
+      the record: `step`, `eval/nll`, `eval/perplexity` and the like.
 
     Raises:
       UserError: if there is no checkpoint or no such split, or they do not fit each other or the settings.
     """
     require_writable(workdir, "--workdir")
-    mesh = make_mesh(config.mesh)
-    split_rows = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
     dataset = open_data(config.data, config.model.length, config.eval.split)
-    _check_tokenizer(dataset, workdir)
-    lm = LanguageModel.from_config(config, dataset.tokenizer.ids, batch_shards(mesh))
-    shardings = param_shardings(mesh, lm.network)
-    params, step = orbax.restore_params(config, workdir, config.eval.weights, shardings)
-
-    first = jax.process_index() == 0
+    run, first = open_run(config, workdir, dataset, step), jax.process_index() == 0
     result, *others = (
-        evaluate_params(lm, params, dataset, settings, sharding=split_rows, progress=first)
-        for settings in estimates(lm, config.eval)
+        evaluate_params(run.lm, run.params, dataset, settings, sharding=run.split, progress=first)
+        for settings in estimates(run.lm, config.eval)
     )
-    record = {"step": step, **result.record()}
+    record = {"step": run.step, **result.record()}
+    for other in others:
+        record |= other.beside()
     if first:
-        print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+        print(f"{'checkpoint':<15} step {run.step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
         for other in others:
-            record |= other.beside()
             print(f"{'or':<15} {other.nll:.4f} +- {other.standard_error:.4f}, {other.estimator} estimate")
-        if not lm.is_exact:
+        if not run.lm.is_exact:
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
-        append_metrics(workdir, record)
+        append_metrics(workdir, record, file_name)
     return record
 
 
-def _check_tokenizer(dataset: Dataset | Stream, workdir: epath.Path) -> None:
+def check_tokenizer(dataset: Dataset | Stream, workdir: epath.Path) -> None:
     """Other tokens of the same number would give a figure all the same. Without its tokenizer, a run has its V."""
     folder = workdir / "tokenizer"
     if not (folder / TOKENIZER_FILE).exists():

@@ -101,7 +101,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
     # Each parameter goes from the file to its shards, before anything is written.
     initial = None if source is None else source.load(model.network.abstract_params(), shardings.params)
     _say(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
-    update = program.update.compile()
+    update = program.update.lower().compile()
 
     # ------------------------------------------------------------------------------------------- state and log
     if host == 0:

@@ -108,7 +108,7 @@ def replay(config: Config, workdir: epath.Path) -> bool:
     gradients = jax.jit(lambda state, x0: loss_and_grads(model, config, state, x0, split)[1])(state, batch)
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         print(_describe(jax.tree_util.keystr(path, simple=True, separator="."), leaf))
-    _, metrics = program.update.compile()(state, batch)
+    _, metrics = program.update.lower().compile()(state, batch)
     same = True
     for name in _RECORDED:
         now, before = float(metrics[name]), then[name]

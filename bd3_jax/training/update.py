@@ -45,19 +45,19 @@ def step_key(seed: int, step: Int[Array, ""] | int) -> PRNGKeyArray:
 
 
 class Program(NamedTuple):
-    """What trains a model on a mesh: its state as shapes with shardings, and the update, lowered.
+    """What trains a model on a mesh: its state as shapes with shardings, and the update, traced.
 
     Attributes:
       optimizer: see `make_optimizer`.
       init: a fresh state, to be jitted with these shardings.
       abstract: the state's shapes, dtypes and shardings; nothing is allocated.
-      update: (state, rows `[b, L]`) -> (state, metrics), which takes the state's memory; to be compiled.
+      update: (state, rows `[b, L]`) -> (state, metrics), which takes the state's memory; to be lowered and compiled.
     """
 
     optimizer: optax.GradientTransformation
     init: Callable[[], TrainState]
     abstract: TrainState
-    update: jax.stages.Lowered
+    update: jax.stages.Traced
 
 
 def make_program(model: LanguageModel, config: Config, mesh: Mesh) -> Program:
@@ -78,7 +78,7 @@ def make_program(model: LanguageModel, config: Config, mesh: Mesh) -> Program:
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
     )
     batch = jax.ShapeDtypeStruct((size, model.length), jnp.int32, sharding=rows)
-    return Program(optimizer, init, abstract, update.lower(abstract, batch))
+    return Program(optimizer, init, abstract, update.trace(abstract, batch))
 
 
 def make_update(

@@ -18,7 +18,7 @@ MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")
 
 
 # Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
-LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16}
+LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "training.microbatches": 2}
 
 
 def run_script(name: str, *args: str) -> str:
