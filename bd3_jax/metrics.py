@@ -65,8 +65,12 @@ def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NA
     with writing(path):
         if not _is_whole(path):
             _write(path, read_metrics(workdir, file_name))
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        if "://" in str(path):  # an object, which cannot be appended to
+            path.write_text((path.read_text() if path.exists() else "") + line)
+            return
         with path.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.write(line)
 
 
 def drop_after(workdir: epath.Path, step: int, measured: int | None = None) -> None:

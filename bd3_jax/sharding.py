@@ -1,11 +1,12 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
@@ -25,21 +26,40 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """All devices as a mesh with axes data, fsdp and tensor; data = -1 takes what the other two leave.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices as a mesh with axes data, fsdp and tensor; data = -1 takes what the other two leave.
+
+    `devices` may be those of a machine that is not at hand; by default they are all that there are. Of several slices
+    each has whole copies of everything: only `data` goes over the network between them.
 
     Raises:
-      UserError: if the product is not the number of devices.
+      UserError: if the product is not the number of devices, or data no multiple of the number of slices.
     """
-    devices, others = jax.device_count(), config.fsdp * config.tensor
-    data = devices // others if config.data == -1 else config.data
-    if data * others != devices:
+    devices = jax.devices() if devices is None else devices
+    count, others = len(devices), config.fsdp * config.tensor
+    data = count // others if config.data == -1 else config.data
+    if data * others != count:
         raise UserError(
             f"config.mesh.data, fsdp, tensor are {config.data}, {config.fsdp}, {config.tensor}; allowed: a product of "
-            f"{devices}, the number of devices (data = -1: all that fsdp and tensor leave)"
+            f"{count}, the number of devices (data = -1: all that fsdp and tensor leave)"
         )
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    arranged = arrange(devices, (data, config.fsdp, config.tensor))
+    return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
+    """The devices in that shape, neighbours side by side; slice after slice along the first axis.
+
+    Raises:
+      UserError: where the slices do not divide it.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(f"config.mesh.data is {shape[0]}; allowed: a multiple of {slices}, the number of slices")
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices)
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
 
 
 def spec(mesh: Mesh, logical: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
