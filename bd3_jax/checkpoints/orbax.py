@@ -6,10 +6,11 @@ A checkpoint appears under its final name when it is complete, so an interrupted
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import grain
@@ -20,9 +21,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
-    BestN,
     EveryNSteps,
     LatestN,
+    PolicyCheckpointInfo,
+    PreservationContext,
     PreservationPolicy,
 )
 
@@ -42,16 +44,15 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
         """Kept are the last `keep`, those of every so many steps, and the `best` with the lowest score; 0: none."""
-        policies: list[PreservationPolicy] = [LatestN(keep)]
+        folder = workdir.resolve() / FOLDER
+        self._scores = _read_scores(folder)
+        policies: list[PreservationPolicy] = [LatestN(keep), _Best(best, self._scores)]
         if every:
             policies.append(EveryNSteps(every))
-        if best:
-            score = lambda metrics: metrics["score"]
-            policies.append(BestN(get_metric_fn=score, reverse=True, n=best, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(workdir.resolve() / FOLDER, options=options)
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(
         self,
@@ -74,9 +75,11 @@ class Checkpoints:
             items["stream"] = grain.checkpoint.CheckpointSave(stream)
             position = position | {"hosts": jax.process_count()}
         items["position"] = ocp.args.JsonSave(position)
+        if score is not None:
+            items["score"] = ocp.args.JsonSave({"score": score})
+            self._scores[step] = score
         with self._saving():
-            metrics = None if score is None else {"score": score}
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
         self, step: int, abstract: State, stream: grain.DatasetIterator | None = None
@@ -118,6 +121,27 @@ class Checkpoints:
                 f"cannot write a checkpoint in {self._manager.directory}: {reason}; the last complete one is "
                 f"{self._manager.latest_step()}, from which the same command continues"
             ) from error
+
+
+@dataclasses.dataclass
+class _Best(PreservationPolicy):
+    """Keeps so many with the lowest score."""
+
+    count: int
+    scores: dict[int, float]  # step -> score, of those that have one
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        scored = [checkpoint.step for checkpoint in checkpoints if checkpoint.step in self.scores]
+        best = sorted(scored, key=self.scores.__getitem__)[: self.count]
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+def _read_scores(folder: epath.Path) -> dict[int, float]:
+    found = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    paths = {step: folder / str(step) / "score" / "metadata" for step in found}
+    return {step: json.loads(path.read_text())["score"] for step, path in paths.items() if path.exists()}
 
 
 def latest_step(workdir: epath.Path) -> int | None:

@@ -167,7 +167,7 @@ def test_the_status_after_sigterm_is_a_setting(tiny_config, tmp_path, monkeypatc
 def test_some_steps_are_traced(tiny_config, tmp_path):
     """From the 11th of the session on."""
     few = {"training.num_steps": 12, "training.eval_every": 100, "training.log_every": 100, "eval.num_batches": 1}
-    train(tiny_config("ar", **few, **{"profile_steps": 1}), tmp_path)
+    train(tiny_config("ar", **few, profile_steps=1), tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
