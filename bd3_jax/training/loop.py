@@ -238,7 +238,7 @@ def _summary(steps: list[dict[str, Array | float]]) -> dict[str, float]:
     taken = [record for record in records if not record["train/skipped"]] or records
     values = {name: float(np.mean([record[name] for record in taken], dtype=np.float64)) for name in taken[0]}
     values |= {name: float(records[-1][name]) for name in _LAST}
-    return values | {"train/skipped": float(len(records) - len(taken) if taken is not records else len(records))}
+    return values | {"train/skipped": float(sum(record["train/skipped"] for record in records))}
 
 
 def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
@@ -265,7 +265,7 @@ def _tell_rate(config: Config, workdir: epath.Path, step: int) -> None:
     before, now = read_config(workdir).training.num_steps, config.training.num_steps
     if config.optimizer.decay == "cosine" and now != before:
         was, rate = (float(learning_rate(config.optimizer, steps)(step)) for steps in (before, now))
-        print(
+        _say(
             f"{workdir}: the learning rate goes on at {rate:.3g} instead of {was:.3g}, "
             f"since its cosine now ends at step {now} instead of {before}"
         )
