@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,11 @@ from jaxtyping import Array, Int32
 
 from bd3_jax.config import MeshConfig
 from bd3_jax.errors import UserError
-from bd3_jax.models.transformer import Network, Params
+from bd3_jax.models.transformer import BATCH_AXES, Network, Params
 
 # Logical axis of an array -> mesh axes that split it. A dimension whose size they do not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -95,6 +96,11 @@ def param_shardings(mesh: Mesh, network: Network) -> Params:
     return jax.tree.map(
         lambda array, logical: spec(mesh, logical, array.shape), network.abstract_params(), network.logical_axes()
     )
+
+
+def by_rows(rows: NamedSharding | None) -> contextlib.AbstractContextManager[Any]:
+    """While a function of rows is traced: activations stay split as they are, see `models.transformer`."""
+    return contextlib.nullcontext() if rows is None else jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh)
 
 
 def host_share(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:

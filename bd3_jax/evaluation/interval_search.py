@@ -101,7 +101,7 @@ def search_interval(
       key: candidate j draws times and masks for batch i from fold_in(fold_in(key, i), j).
       split: sharding of the batches `[b, L]`, where params are spread over a mesh.
     """
-    began, score, scores, blocks = time.perf_counter(), _compiled(lm), [], 0
+    began, score, scores, blocks = time.perf_counter(), _compiled(lm, split), [], 0
     for index, (rows, is_real) in enumerate(batches):
         of_batch = jax.random.fold_in(key, index)
         placed = (jnp.asarray(rows), jnp.asarray(is_real))
@@ -120,9 +120,14 @@ def search_interval(
 
 
 @functools.cache
-def _compiled(lm: LanguageModel) -> Callable[..., Float[Array, ""]]:
+def _compiled(lm: LanguageModel, split: jax.sharding.NamedSharding | None) -> Callable[..., Float[Array, ""]]:
     """`block_variance` of a model for any interval; one program for all candidates."""
-    return jax.jit(functools.partial(block_variance, lm))
+
+    def variance(*args: Any) -> Float[Array, ""]:
+        with sharding.by_rows(split):
+            return block_variance(lm, *args)
+
+    return jax.jit(variance)
 
 
 def block_variance(

@@ -25,7 +25,7 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.metrics import FILE_NAME as METRICS
 from bd3_jax.metrics import append_metrics
 from bd3_jax.models.transformer import Params
-from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings, place
+from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, param_shardings, place
 
 Batch = tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]  # rows, and which are no mere padding
 
@@ -233,7 +233,8 @@ def _compiled(
     groups = next(n for n in range(min(lm.block_size, POSITIONS), 0, -1) if lm.block_size % n == 0)
 
     def sum_losses(params: Params, rows: Int[Array, "b L"], key: PRNGKeyArray) -> Float[Array, "b P"]:
-        losses = lm.eval_losses(params, rows, key, estimator)
+        with by_rows(sharding):
+            losses = lm.eval_losses(params, rows, key, estimator)
         counted = jnp.where(lm.counted(rows.shape[1]), losses, 0)
         return counted.reshape(len(rows), -1, groups, lm.block_size // groups).sum((1, 3))
 

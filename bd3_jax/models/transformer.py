@@ -21,6 +21,7 @@ from bd3_jax.models.kv_cache import KVBlock, KVCache
 
 Params = dict[str, Any]
 TIME_FEATURES = 256
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over which rows are split
 
 
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, axes: tuple[str | None, ...]) -> nnx.Param:
@@ -50,6 +51,16 @@ def _dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _by_rows(x: Float[Array, "s b L d"]) -> Float[Array, "s b L d"]:
+    """On a mesh (`jax.sharding.use_abstract_mesh`): every device has some rows, each of them whole.
+
+    The compiler would else split their width, as the parameters' is over fsdp, and have all rows on every device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(None, BATCH_AXES))
 
 
 def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Array, Array]:
@@ -271,7 +282,7 @@ class Network:
 
         def layer(x: Array, index: Array, layer_params: Any, streams: int) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(graph, layer_params)(x, rotary, attend, cond, key, streams)[0]
+            return _by_rows(nnx.merge(graph, layer_params)(_by_rows(x), rotary, attend, cond, key, streams)[0])
 
         # The last layer stands outside the scan: of its clean half only keys and values are needed.
         last = self.model.num_layers - 1

@@ -136,7 +136,8 @@ def loss_and_grads(
 
     def of(index: Int[Array, ""] | int, x0: Int[Array, "m L"]) -> tuple[Float[Array, ""], Params]:
         value_and_grad = jax.value_and_grad(model.training_loss, has_aux=True)
-        (loss, _), grads = value_and_grad(state.params, x0, jax.random.fold_in(key, index), state.low, state.high)
+        with sharding.by_rows(rows):
+            (loss, _), grads = value_and_grad(state.params, x0, jax.random.fold_in(key, index), state.low, state.high)
         return loss, grads
 
     if parts == 1:  # a scan over one would still copy the gradients

@@ -55,7 +55,7 @@ def test_one_program_for_all_candidates(toy_lm, random_params):
     lm = toy_lm("bd3lm", 2, vocab_size=13)
     rows = [(np.zeros((2, 12), np.int32), np.ones(2, bool))]
     search_interval(lm, random_params(lm), candidates(2, (0.5, 0.6)), rows, jax.random.key(0))
-    assert interval_search._compiled(lm)._cache_size() == 1
+    assert interval_search._compiled(lm, None)._cache_size() == 1
 
 
 def test_the_first_of_the_smallest_wins():

@@ -75,6 +75,8 @@ def test_memory_falls_as_more_devices_split_the_state(runs):
     assert held["8x1x1"] / held["1x8x1"] > 5  # 8, but for what is too small to be split
     total = {mesh: sum(runs[mesh]["memory"].values()) for mesh in MESHES}
     assert total["1x8x1"] < total["2x4x1"] < total["8x1x1"]
+    # Activations stay split by rows whatever splits the parameters.
+    assert runs["1x8x1"]["memory"]["temporaries"] < 1.2 * runs["8x1x1"]["memory"]["temporaries"]
 
 
 @pytest.mark.slow
