@@ -99,8 +99,9 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
-        return float(np.exp(self.nll))
+        """exp(nll); inf for a network that has diverged."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll))
 
     @property
     def perplexity_standard_error(self) -> float:

@@ -73,17 +73,19 @@ def test_every_microbatch_has_a_key_of_its_own(make):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(make):
-    """An interval of nan makes the loss nan."""
+    """A parameter that is nan makes the loss nan."""
     _, _, state, update = make(**{"training.max_skipped": 2})
     state, _ = update(state, ROWS)
-    broken = lambda s: dataclasses.replace(s, low=jnp.float32(jnp.nan))
-    whole = lambda s: dataclasses.replace(s, low=jnp.float32(1e-3))
+    nan = state.params | {"final_norm": state.params["final_norm"] * jnp.nan}
+    broken = lambda s: dataclasses.replace(s, params=nan)
+    whole = lambda s: dataclasses.replace(s, params=state.params)
 
     skipped, metrics = update(broken(state), ROWS)
     assert not np.isfinite(metrics["train/loss"])
     assert float(metrics["train/skipped"]) == 1
     assert (int(skipped.step), int(skipped.skipped), int(updates_done(skipped))) == (2, 1, 1)
-    for part in ("params", "ema", "opt_state"):
+    jax.tree.map(np.testing.assert_array_equal, skipped.params, nan)
+    for part in ("ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(skipped, part), getattr(state, part))
 
     taken, metrics = update(whole(skipped), ROWS)
