@@ -20,10 +20,10 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 
 from bd3_jax import command_line
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 MODES = ("train", "eval", "sample")
 
@@ -47,7 +47,8 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_enum("suite", None, ("zeroshot",), "corpora to evaluate on", flag_values=values)
     flags.DEFINE_string("suite_data", "data", "folder with a prepared folder a corpus", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
-    workdir = epath.Path(command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart"))
+    where = command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart")
+    workdir = reachable(where, "--workdir")
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
     watched, suite = values["watch"].value, values["suite"].value
@@ -73,7 +74,7 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
         elif suite:
             from bd3_jax.evaluation.suite import evaluate_suite
 
-            evaluate_suite(config, workdir, epath.Path(values["suite_data"].value))
+            evaluate_suite(config, workdir, reachable(values["suite_data"].value, "--suite_data"))
         elif mode == "eval":
             from bd3_jax.evaluation.perplexity import evaluate
 

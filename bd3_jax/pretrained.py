@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -121,13 +122,7 @@ class Pretrained:
                 f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
             )
         sampler = Sampler.from_config(self.model, c)
-        prompt = prompt or c.prompt
-        ids = (
-            self.text_tokenizer().encode(prompt)
-            if prompt and isinstance(prompt, str)
-            else [int(i) for i in prompt or ()]
-        )
-        row = sampler.canvas([ids])[0]
+        row = sampler.canvas([self._prompt_ids(prompt if len(prompt) else c.prompt)])[0]
         return [
             drawn for batch in draw(c, sampler, self.params, row, self.tokenizer, self.step or 0) for drawn in batch
         ]
@@ -162,6 +157,14 @@ class Pretrained:
             model, losses, rows.shape[1], c.estimator,
             split="given", insert_special=False, insert_eos=are_texts,
         )  # fmt: skip
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.text_tokenizer().encode(prompt) if prompt else []
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UserError(f"the prompt is {prompt!r:.80}; allowed: text, or token ids") from None
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UserError that says what to do where there is none."""

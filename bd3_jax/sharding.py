@@ -44,21 +44,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh.data, fsdp, tensor are {config.data}, {config.fsdp}, {config.tensor}; allowed: a product of "
             f"{count}, the number of devices (data = -1: all that fsdp and tensor leave)"
         )
-    arranged = arrange(devices, (data, config.fsdp, config.tensor))
-    return Mesh(arranged, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    names, kinds, shape = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, (data, config.fsdp, config.tensor)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return Mesh(arrange(devices, shape, slices), names, axis_types=kinds)
+    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
 
 
-def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int], slices: int) -> np.ndarray:
     """The devices in that shape, neighbours side by side; slice after slice along the first axis.
 
     Raises:
       UserError: where the slices do not divide it.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % slices:
         raise UserError(f"config.mesh.data is {shape[0]}; allowed: a multiple of {slices}, the number of slices")
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices)
     within = (shape[0] // slices, *shape[1:])
     return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
 

@@ -58,10 +58,10 @@ class Device:
 
 def test_slices_lie_along_data():
     devices = [Device(n, n // 4) for n in range(8)]
-    found = sharding.arrange(devices, (4, 2, 1))
+    found = sharding.arrange(devices, (4, 2, 1), 2)
     assert [[device.slice_index for device in row] for row in found[:, :, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
     with pytest.raises(UserError, match=r"config\.mesh\.data is 1; allowed: a multiple of 2, the number of slices"):
-        sharding.arrange(devices, (1, 8, 1))
+        sharding.arrange(devices, (1, 8, 1), 2)
 
 
 class Rows:

@@ -141,7 +141,7 @@ def block_variance(
 ) -> Float[Array, ""]:
     """Unbiased variance of the mean loss of a block, t ~ U[low, high], over all blocks of the rows that are real."""
     draw = likelihood.draw_training(key, x0, lm.block_size, lm.noise, low, high, lm.ids.mask)
-    means = lm.token_losses(params, x0, draw).reshape(x0.shape[0], -1, lm.block_size).mean(-1)
+    means = lm.token_losses(params, x0, draw)[1].reshape(x0.shape[0], -1, lm.block_size).mean(-1)
     weight = jnp.broadcast_to(is_real[:, None], means.shape)
     count = weight.sum()
     mean = jnp.where(weight, means, 0).sum() / count

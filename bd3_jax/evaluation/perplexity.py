@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Result:
       standard_error: of `nll`, from the spread over sequences; it holds the noise of the estimator too.
       tokens: how many were counted.
       sequences: rows of L tokens they came from.
+      nonfinite: how many of them have a loss that is not finite; the figures are not either, if any has.
       estimator: 'exact' for AR and for BD3-LM at B = 1; else the estimator of the NELBO, an upper bound of the NLL.
       split: of the prepared data.
       insert_special: whether rows begin with BOS and end with EOS.
@@ -55,6 +57,7 @@ class Result:
     standard_error: float
     tokens: int
     sequences: int
+    nonfinite: int
     estimator: str
     split: str
     insert_special: bool
@@ -85,6 +88,7 @@ class Result:
             standard_error=error,
             tokens=int(counts.sum()),
             sequences=len(losses),
+            nonfinite=int((~np.isfinite(losses)).any(1).sum()),
             estimator="exact" if lm.is_exact else estimator,
             split=split,
             insert_special=insert_special,
@@ -99,7 +103,7 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll); inf for a network that has diverged."""
+        """exp(nll); infinite where no float holds it."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.nll))
 
@@ -112,7 +116,7 @@ class Result:
         """Flat names for a line of `metrics.jsonl`."""
         derived = ("bits_per_token", "perplexity", "perplexity_standard_error")
         values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
-        values["nll_by_position"] = [None if math.isnan(nll) else nll for nll in values.pop("by_position")]
+        values["nll_by_position"] = [nll if math.isfinite(nll) else None for nll in values.pop("by_position")]
         return {f"eval/{name}": value for name, value in values.items()}
 
     def beside(self) -> dict[str, Any]:
@@ -143,7 +147,8 @@ def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[
     """Ratio estimate sum(losses) / sum(counts) over n sequences, and its standard error (nan for one sequence)."""
     n, total = len(losses), counts.sum()
     mean = losses.sum() / total
-    residuals = losses - mean * counts
+    with np.errstate(invalid="ignore"):  # infinite losses
+        residuals = losses - mean * counts
     error = math.sqrt(n / (n - 1) * (residuals**2).sum()) / total if n > 1 else math.nan
     return float(mean), float(error)
 
@@ -217,7 +222,7 @@ def sequence_losses(
 
     Batch i draws its noise from fold_in(config.seed, i).
     """
-    sum_losses = _compiled(lm, config.estimator, sharding)
+    sum_losses = likelihood_program(lm, config.estimator, sharding)
     key = jax.random.key(config.seed)
     sums = []
     for index, (rows, is_real) in enumerate(batches):
@@ -227,9 +232,9 @@ def sequence_losses(
 
 
 @functools.cache
-def _compiled(
+def likelihood_program(
     lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None
-) -> Callable[[Params, Int[Array, "b L"], PRNGKeyArray], Float[Array, "b P"]]:
+) -> jax.stages.Wrapped:
     """Summed losses of the counted tokens of every row, nats; on every host, where a mesh spans several."""
     groups = next(n for n in range(min(lm.block_size, POSITIONS), 0, -1) if lm.block_size % n == 0)
 
@@ -298,6 +303,8 @@ def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_
         print(f"{'checkpoint':<15} step {run.step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
         for other in others:
             print(f"{'or':<15} {other.nll:.4f} +- {other.standard_error:.4f}, {other.estimator} estimate")
+        if result.nonfinite:
+            print(f"warning: the loss of {result.nonfinite} of {result.sequences} rows is not finite", file=sys.stderr)
         if not run.lm.is_exact:
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
         append_metrics(workdir, record, file_name)

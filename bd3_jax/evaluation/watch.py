@@ -7,6 +7,7 @@ from etils import epath
 from bd3_jax.checkpoints import orbax
 from bd3_jax.checkpoints.source import read_config
 from bd3_jax.config import Config
+from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate
 from bd3_jax.metrics import read_metrics
 
@@ -36,7 +37,7 @@ def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
             continue
         try:
             evaluate(config, workdir, waiting[0], FILE_NAME)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, UserError):
             if waiting[0] in orbax.steps(workdir):
                 raise
             print(f"checkpoint {waiting[0]} of {workdir} was removed before it was evaluated")

@@ -77,7 +77,7 @@ class Sampler:
         """One row per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
 
         Raises:
-          UserError: a prompt is longer than the context or than `max_length`.
+          UserError: a prompt is longer than the context or than `max_length`, or holds what is no token of a text.
         """
         canvas = np.full((len(prompts), self.canvas_length), self.model.ids.mask, np.int32)
         for row, prompt in zip(canvas, prompts, strict=True):
@@ -87,6 +87,11 @@ class Sampler:
                 raise UserError(
                     f"config.sampling.prompt has {len(given)} tokens with BOS; allowed: up to {limit} "
                     "(the smaller of sampling.max_length and model.length)"
+                )
+            vocab_size, mask = self.model.ids.vocab_size, self.model.ids.mask
+            if wrong := [token for token in given if not 0 <= token < vocab_size or token == mask]:
+                raise UserError(
+                    f"the prompt holds the id {wrong[0]}; allowed: 0 to {vocab_size - 1}, but for {mask}, the mask"
                 )
             row[: len(given)] = given
         return canvas

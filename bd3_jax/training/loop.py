@@ -1,8 +1,8 @@
 """Training, from top to bottom; the same code for one CPU and for a pod.
 
-Where it starts from: the newest checkpoint in the workdir, else the weights of `config.init_from` (with a fresh
-optimiser, warm-up, average and interval), else fresh parameters from the seed. A run that was interrupted after any
-step continues with the same numbers as if it had not been.
+Where it starts from: the newest checkpoint in the workdir that can be read, else the weights of `config.init_from`
+(with a fresh optimiser, warm-up, average and interval), else fresh parameters from the seed. A run that was interrupted
+after any step continues with the same numbers as if it had not been.
 """
 
 import functools
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from bd3_jax import sharding
 from bd3_jax.checkpoints import run_folder
-from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, summarize
 from bd3_jax.checkpoints.source import read_config
 from bd3_jax.config import Config
-from bd3_jax.data.manifest import is_prepared, load_manifest
+from bd3_jax.data.manifest import FILE_NAME as MANIFEST
+from bd3_jax.data.manifest import load_manifest
 from bd3_jax.data.pipeline import Dataset, open_data, train_batches
 from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
@@ -81,6 +82,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
         if isinstance(dataset, Dataset):
             _check_data(dataset, workdir)
         run_folder.check_continues(config, workdir)
+        newest = summarize(workdir).step
         if newest >= num_steps:
             _say(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
@@ -121,7 +123,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
     elif newest is None:
         state = jax.jit(program.init, out_shardings=shardings)()
     else:
-        state, position = checkpoints.restore(newest, program.abstract, stream)
+        newest, state, position = checkpoints.restore(newest, program.abstract, stream)
         start, rows, measured = newest, position["rows"], position["measured"]
         unrecorded = position["unrecorded"]
         _say(f"{workdir}: continues after step {start} of {num_steps}")
@@ -243,7 +245,7 @@ def _summary(steps: list[dict[str, Array | float]]) -> dict[str, float]:
 
 def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
-    if not is_prepared(workdir):
+    if not (workdir / MANIFEST).exists():
         raise UserError(
             f"{workdir} has a checkpoint but no manifest.json, for it was not trained on prepared rows: it can be "
             f"evaluated, not continued with them; a new run may start from it with --config.init_from={workdir}"

@@ -96,7 +96,7 @@ def replay(config: Config, workdir: epath.Path) -> bool:
     ids = load_tokenizer(workdir / "tokenizer").ids
     model = LanguageModel.from_config(config, ids, sharding.batch_shards(mesh))
     program = make_program(model, config, mesh)
-    state, then = Checkpoints(workdir / FOLDER, keep=1).restore(number, program.abstract)
+    number, state, then = Checkpoints(workdir / FOLDER, keep=1).restore(number, program.abstract)
     rows = np.asarray(then["rows"], np.int32)
     split = sharding.batch_sharding(mesh, len(rows) // config.training.microbatches, "config.training.batch_size")
     batch = sharding.place(rows, split)

@@ -89,6 +89,6 @@ def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
     ],
 )
 def test_the_published_row_is_that_of_the_model(string, published):
-    result = Result(4.0, 0.01, 100, 10, "low_variance", "validation", True, False, False)
+    result = Result(4.0, 0.01, 100, 10, 0, "low_variance", "validation", True, False, False)
     lines = table(from_config_dict(base.get_config(string)), "mine", {"ptb": result}).splitlines()
     assert [line.split()[-7] for line in lines[1:4]] == ["54.60", "0.55", published]

@@ -32,12 +32,12 @@ PATIENT = ["--heartbeat_timeout=600"]
 @pytest.fixture
 def launch(tmp_path):
     """Starts processes that train a workdir, and kills what is left of them; output goes to files."""
-    running, numbers = [], itertools.count()
+    running, files, numbers = [], [], itertools.count()
 
     def begin(count, workdir, *flags):
         paths = [tmp_path / f"output-{next(numbers)}" for _ in range(count)]
-        files = [path.open("w") for path in paths]
-        processes = start(count, [f"--workdir={workdir}", *flags], files)
+        files.extend(path.open("w") for path in paths)
+        processes = start(count, [f"--workdir={workdir}", *flags], files[-count:])
         running.extend(processes)
         return processes, paths
 
@@ -45,6 +45,8 @@ def launch(tmp_path):
     for process in running:
         process.kill()
         process.wait()
+    for file in files:
+        file.close()
 
 
 def wait_for_step(workdir, step, processes):
