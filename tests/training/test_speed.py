@@ -51,7 +51,7 @@ def test_flops_are_those_of_the_products(toy_lm, objective, block_size, chunk):
     assert flops_per_token(lm) * 32 * batch == pytest.approx(3 * forward, rel=0.02)  # adaLN is left out
 
 
-VOCABULARIES = {"lm1b": 30522, "text8": 35}
+VOCABULARIES = {"owt": 50258, "lm1b": 30522, "text8": 35}
 
 
 def parameters(config, vocab_size):
