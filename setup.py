@@ -61,6 +61,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<1"],
         "torch": ["torch>=2.6"],  # the first whose weights_only loading refuses code by default
         "notebook": ["jupyter>=1.1,<2"],
+        "wandb": ["wandb>=0.17"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -119,6 +119,25 @@ def convert(argv: Sequence[str]) -> None:
     print(f"written to {write(*paths, **options)}")
 
 
+def replay(argv: Sequence[str]) -> None:
+    """Repeats the step at which a training stopped since loss or gradient were not finite (exit status 3).
+
+    bd3 replay --workdir=DIR [--config.GROUP.NAME=VALUE ...]
+
+    Prints key, interval, loss, gradient norm and which gradients are not finite. Exits 1 if it is not the same step.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    config = command_line.parse(argv, values, usage=replay.__doc__ or "")
+    workdir = epath.Path(command_line.required(values, "workdir", "the folder of the run"))
+    from bd3_jax import runtime
+    from bd3_jax.training.replay import replay as repeat
+
+    runtime.start()
+    if not repeat(config, workdir):
+        raise SystemExit(1)
+
+
 def compile_program(argv: Sequence[str]) -> None:
     """Compiles the program of a run for a machine that is not at hand, and says whether it fits (exit 0, else 1).
 
@@ -152,6 +171,7 @@ VERBS = {
     "convert": Verb("write a checkpoint in the authors' layout, or in ours", convert),
     "parity": Verb("compare with numbers stored by the authors' implementation", parity),
     "compile": Verb("whether a run fits a machine that is not at hand, and what it costs", compile_program),
+    "replay": Verb("repeat the step at which a training found its numbers not finite", replay),
     "report": Verb("a run's curves, samples and settings as one HTML page", report),
 }
 

@@ -7,6 +7,7 @@ that tie fields together. Nothing behind it sees a ConfigDict.
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import ml_collections
@@ -15,6 +16,7 @@ from bd3_jax.errors import UserError, require_text
 
 Objective = Literal["ar", "mdlm", "sedd", "bd3lm"]
 ScheduleName = Literal["loglinear", "square", "square_root", "log", "cosine", "scaled_loglinear"]
+Estimator = Literal["monte_carlo", "low_variance"]
 SamplerName = Literal["first_hitting", "ancestral", "analytic", "autoregressive"]
 
 # Which samplers can draw from which model: SUBS models predict x0, SEDD a ratio, AR the next token.
@@ -81,10 +83,25 @@ class OptimizerConfig:
 class TrainingConfig:
     num_steps: int
     batch_size: int
+    microbatches: int
+    max_skipped: int
     log_every: int
     eval_every: int
+    sample_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    keep_every: int
+    keep_best: int
+    sigterm_status: int
+    wandb_project: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    enabled: bool
+    widths: tuple[float, ...]
+    num_batches: int
+    batch_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +109,8 @@ class EvalConfig:
     split: str
     batch_size: int
     num_batches: int
-    estimator: Literal["monte_carlo", "low_variance"]
+    estimator: Estimator
+    both_estimators: bool
     seed: int
     weights: Literal["ema", "raw"]
 
@@ -125,11 +143,13 @@ class Config:
     block_size: int
     init_from: str
     seed: int
+    profile_steps: int
     model: ModelConfig
     noise: NoiseConfig
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    search: SearchConfig
     eval: EvalConfig
     sampling: SamplingConfig
     mesh: MeshConfig
@@ -189,6 +209,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if value not in get_args(kind):
             raise UserError(f"{path} must be one of {', '.join(get_args(kind))}; found {value!r}")
         return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list) or not value:  # a list, where it comes from JSON
+            raise UserError(f"{path} must be a tuple of {get_args(kind)[0].__name__} values, found {value!r}")
+        return tuple(_convert(get_args(kind)[0], item, path) for item in value)
     if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not kind:
@@ -262,8 +286,8 @@ def _check(c: Config) -> None:
         fraction(path)
     at_least(0, "optimizer.warmup_steps")
 
-    for name in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
-        at_least(1, f"training.{name}")
+    _check_training(c, require, at_least)
+
     at_least(1, "eval.batch_size")
     at_least(0, "eval.num_batches")
     if c.objective != "ar" and c.eval.estimator == "low_variance":
@@ -285,6 +309,33 @@ def _check(c: Config) -> None:
     for name in ("fsdp", "tensor"):
         at_least(1, f"mesh.{name}")
     require(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "1 or more, or -1 for all other devices")
+
+
+def _check_training(c: Config, require: Callable[..., None], at_least: Callable[[int, str], None]) -> None:
+    t, s = c.training, c.search
+    for name in (
+        "num_steps", "batch_size", "microbatches", "max_skipped",
+        "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+    ):  # fmt: skip
+        at_least(1, f"training.{name}")
+    for name in ("sample_every", "keep_every", "keep_best"):
+        at_least(0, f"training.{name}")
+    divides = t.batch_size % t.microbatches == 0
+    require(divides, "training.microbatches", t.microbatches, f"a divisor of training.batch_size = {t.batch_size}")
+    require(0 <= t.sigterm_status < 256, "training.sigterm_status", t.sigterm_status, "0 to 255")
+    require(c.profile_steps >= 0, "profile_steps", c.profile_steps, "0 or more")
+
+    at_least(1, "search.num_batches")
+    at_least(1, "search.batch_size")
+    for width in s.widths:
+        require(0 < width < 1, "search.widths", s.widths, "0 < width < 1")
+    if s.enabled:
+        require(c.objective in ("mdlm", "bd3lm"), "search.enabled", True, f"False for objective {c.objective}")
+        plain = c.noise.schedule == "loglinear"
+        require(plain, "search.enabled", True, f"False with noise.schedule {c.noise.schedule}")
+        if c.noise.resample and c.block_size > 1:
+            # So that every interval of that width holds k/B for some k.
+            require(min(s.widths) >= 1 / c.block_size, "search.widths", s.widths, f"1/{c.block_size} or more")
 
 
 def lies_within(fraction: Any, low: Any, high: Any) -> Any:

@@ -3,9 +3,17 @@
 bd3 train|eval|sample --config=FILE.py[:STRING] --workdir=DIR [--config.GROUP.NAME=VALUE ...]
 python -m bd3_jax.main --mode=train|eval|sample (the same flags)
 
+bd3 eval --watch               evaluates every checkpoint that the run saves, until its last
+bd3 eval --suite=zeroshot      evaluates the newest on every corpus of the paper's table 5 that is prepared as
+                               --suite_data/CORPUS, and prints the published row beside it
+
 --config   settings, as in configs/quickstart.py:bd3lm,block_size=8; without it, those in DIR/config.json
 --workdir  folder of the run: checkpoints, metrics, samples
 --config.GROUP.NAME=VALUE  overrides one setting; configs/base.py lists them with their meaning
+
+On several hosts the same command runs on each. They find each other on TPU and under Slurm; elsewhere by
+--coordinator=HOST:PORT of process 0, --num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+and JAX_PROCESS_ID in the environment). A process that is not heard of for --heartbeat_timeout seconds ends the run.
 """
 
 import sys
@@ -14,6 +22,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from bd3_jax import command_line
+from bd3_jax.errors import UserError
 from bd3_jax.folders import reachable
 
 MODES = ("train", "eval", "sample")
@@ -30,27 +39,50 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     if mode is None:
         flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("heartbeat_timeout", 100, "seconds", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("watch", False, "evaluate every checkpoint of the run", flag_values=values)
+    flags.DEFINE_enum("suite", None, ("zeroshot",), "corpora to evaluate on", flag_values=values)
+    flags.DEFINE_string("suite_data", "data", "folder with a prepared folder a corpus", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
     where = command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart")
     workdir = reachable(where, "--workdir")
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
+    watched, suite = values["watch"].value, values["suite"].value
+    if (watched or suite) and mode != "eval":
+        raise UserError(f"--{'watch' if watched else 'suite'} is for eval, not for {mode}")
+    if watched and suite:
+        raise UserError("--watch and --suite are both given; allowed: one of them")
+
     # Imported here, so that a mistake is reported at once and before any device is taken.
     from bd3_jax import runtime
 
-    runtime.start()
-    if mode == "train":
-        from bd3_jax.training.loop import train
+    names = ("coordinator", "num_processes", "process_id", "heartbeat_timeout")
+    runtime.start(runtime.Processes.of(*(values[name].value for name in names)))
+    with runtime.alongside_others():
+        if mode == "train":
+            from bd3_jax.training.loop import train
 
-        train(config, workdir)
-    elif mode == "eval":
-        from bd3_jax.evaluation.perplexity import evaluate
+            train(config, workdir)
+        elif watched:
+            from bd3_jax.evaluation.watch import watch
 
-        evaluate(config, workdir)
-    else:
-        from bd3_jax.sampling.run import sample
+            watch(config, workdir)
+        elif suite:
+            from bd3_jax.evaluation.suite import evaluate_suite
 
-        sample(config, workdir)
+            evaluate_suite(config, workdir, reachable(values["suite_data"].value, "--suite_data"))
+        elif mode == "eval":
+            from bd3_jax.evaluation.perplexity import evaluate
+
+            evaluate(config, workdir)
+        else:
+            from bd3_jax.sampling.run import sample
+
+            sample(config, workdir)
 
 
 if __name__ == "__main__":

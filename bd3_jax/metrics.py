@@ -38,13 +38,13 @@ def read_records(path: epath.Path) -> list[Record]:
     return records
 
 
-def read_metrics(workdir: epath.Path) -> list[Record]:
-    """The records of a run, each with its `step`; none where there is no file.
+def read_metrics(workdir: epath.Path, file_name: str = FILE_NAME) -> list[Record]:
+    """The records of a run, or of another such file, each with its `step`; none where there is no file.
 
     Raises:
       UserError: the file is damaged, or no run's.
     """
-    path = workdir / FILE_NAME
+    path = workdir / file_name
     records = read_records(path)
     for record in records:
         if type(record.get("step")) is not int:
@@ -52,32 +52,43 @@ def read_metrics(workdir: epath.Path) -> list[Record]:
     return records
 
 
-def append_metrics(workdir: epath.Path, record: Record) -> None:
-    """Appends a line to the metrics of a run; a number that is not finite becomes null, since JSON has none.
+def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NAME) -> None:
+    """Appends a line to the metrics of a run, or to another such file.
 
-    What a kill left of a last line goes first.
+    A number that is not finite becomes null, since JSON has none. What a kill left of a last line goes first.
 
     Raises:
       UserError: the file cannot be written, or is no run's.
     """
-    path = workdir / FILE_NAME
+    path = workdir / file_name
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with writing(path):
         if not _is_whole(path):
-            _write(path, read_metrics(workdir))
+            _write(path, read_metrics(workdir, file_name))
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        if "://" in str(path):  # an object, which cannot be appended to
+            path.write_text((path.read_text() if path.exists() else "") + line)
+            return
         with path.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.write(line)
 
 
-def drop_after(workdir: epath.Path, step: int) -> None:
+def drop_after(workdir: epath.Path, step: int, measured: int | None = None) -> None:
     """Drops the records of later steps, and what a kill left of a last line.
+
+    Where `measured` is given, so go those of validations and samples after that step.
 
     Raises:
       UserError: the file cannot be written, or is no run's.
     """
     path = workdir / FILE_NAME
     if path.exists():
-        kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+        last = step if measured is None else measured
+        kept = [
+            record
+            for record in read_metrics(workdir)
+            if record["step"] <= (last if "eval/split" in record or "samples/text" in record else step)
+        ]
         with writing(path):
             _write(path, kept)
 

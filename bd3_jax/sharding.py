@@ -1,20 +1,23 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from bd3_jax.config import MeshConfig
 from bd3_jax.errors import UserError
-from bd3_jax.models.transformer import Network, Params
+from bd3_jax.models.transformer import BATCH_AXES, Network, Params
 
 # Logical axis of an array -> mesh axes that split it. A dimension whose size they do not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -27,20 +30,37 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices as a mesh with axes data, fsdp and tensor; data = -1 takes what the other two leave.
 
-    `devices` may be those of a machine that is not at hand; by default they are all that there are.
+    `devices` may be those of a machine that is not at hand; by default they are all that there are. Of several slices
+    each has whole copies of everything: only `data` goes over the network between them.
 
     Raises:
-      UserError: if the product is not the number of devices.
+      UserError: if the product is not the number of devices, or data no multiple of the number of slices.
     """
-    count, others = jax.device_count() if devices is None else len(devices), config.fsdp * config.tensor
+    devices = jax.devices() if devices is None else devices
+    count, others = len(devices), config.fsdp * config.tensor
     data = count // others if config.data == -1 else config.data
     if data * others != count:
         raise UserError(
             f"config.mesh.data, fsdp, tensor are {config.data}, {config.fsdp}, {config.tensor}; allowed: a product of "
             f"{count}, the number of devices (data = -1: all that fsdp and tensor leave)"
         )
-    shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    names, kinds, shape = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, (data, config.fsdp, config.tensor)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        return Mesh(arrange(devices, shape, slices), names, axis_types=kinds)
+    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int], slices: int) -> np.ndarray:
+    """The devices in that shape, neighbours side by side; slice after slice along the first axis.
+
+    Raises:
+      UserError: where the slices do not divide it.
+    """
+    if shape[0] % slices:
+        raise UserError(f"config.mesh.data is {shape[0]}; allowed: a multiple of {slices}, the number of slices")
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
 
 
 def spec(mesh: Mesh, logical: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -76,6 +96,31 @@ def param_shardings(mesh: Mesh, network: Network) -> Params:
     return jax.tree.map(
         lambda array, logical: spec(mesh, logical, array.shape), network.abstract_params(), network.logical_axes()
     )
+
+
+def by_rows(rows: NamedSharding | None) -> contextlib.AbstractContextManager[Any]:
+    """While a function of rows is traced: activations stay split as they are, see `models.transformer`."""
+    return contextlib.nullcontext() if rows is None else jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh)
+
+
+def host_share(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
+    """(p, P): this host reads part p of the P equal parts into which hosts split a batch.
+
+    Hosts whose devices hold the same rows, as where `tensor` spans them, read the same part.
+    """
+    parts: dict[int, set[int]] = {}
+    indices: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map((batch_size,))
+    for device, (rows,) in indices.items():
+        parts.setdefault(device.process_index, set()).add(rows.start or 0)
+    own = sorted(parts[jax.process_index()])
+    distinct = sorted({tuple(sorted(starts)) for starts in parts.values()})
+    return distinct.index(tuple(own)), len(distinct)
+
+
+def place(array: np.ndarray | np.generic, sharding: jax.sharding.Sharding) -> Array:
+    """What every host has whole as one array over the mesh; hosts need not speak with each other."""
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def global_batch(rows: Int32[np.ndarray, "local_b L"], batch_size: int, sharding: NamedSharding) -> Int32[Array, "b L"]:

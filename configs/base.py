@@ -25,6 +25,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
             block_size=block_size,  # B: tokens per block of bd3lm, a divisor of model.length; 0 elsewhere
             init_from="",  # weights to start from: a workdir, published folder, file or hub id; empty: random ones
             seed=0,  # of initialisation, data order, noise and dropout
+            profile_steps=0,  # so many steps, from the 11th of a session on, are traced into WORKDIR/profile
             model=dict(
                 length=1024,  # L: tokens per row, the training context
                 width=768,  # d
@@ -71,16 +72,30 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
             training=dict(
                 num_steps=1_000_000,
                 batch_size=512,  # sequences per update, over all devices
+                microbatches=1,  # parts of a batch, one after the other: the gradients of an update are their mean
+                max_skipped=10,  # updates in a row with a loss or gradient that is not finite, before training stops
                 log_every=100,  # steps between records of the training loss
                 eval_every=5000,  # steps between validations
+                sample_every=0,  # steps between samples, drawn as `sampling` says and recorded; 0: none
                 checkpoint_every=5000,
                 keep_checkpoints=2,  # the last so many
+                keep_every=0,  # besides, the checkpoints of every so many steps for good; 0: none
+                keep_best=0,  # besides, so many with the lowest validation NLL
+                sigterm_status=143,  # exit status after SIGTERM; 0 would say that all is done
+                wandb_project="",  # project of Weights & Biases (package wandb) that gets the metrics too; empty: none
+            ),
+            search=dict(  # of the interval of noise with the least variance, at every validation (mdlm, bd3lm)
+                enabled=False,  # else the interval stays as it is
+                widths=(0.5, 0.6, 0.7, 0.8, 0.9),  # of the candidates, which begin at 0, 0.05, ...
+                num_batches=100,  # of eval.split, from its first row on
+                batch_size=16,
             ),
             eval=dict(
                 split="validation",
                 batch_size=16,
                 num_batches=100,  # of a validation during training; 0: the whole split, as --mode=eval always reads it
                 estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
+                both_estimators=True,  # the other one too, where there is another
                 seed=0,
                 weights="ema",  # ema or raw, in --mode=eval; a validation during training always takes ema
             ),

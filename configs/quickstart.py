@@ -19,7 +19,7 @@ def get_config(string: str = "bd3lm,block_size=8") -> ConfigDict:
         config.noise.update(low=0.3, high=0.8, resample=True)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=100, decay="cosine")
     config.training.update(num_steps=2400, batch_size=8, log_every=50, eval_every=800, checkpoint_every=400)
-    config.eval.update(batch_size=32, num_batches=0)
+    config.eval.update(batch_size=32, num_batches=0, both_estimators=False)
     if config.objective != "sedd":
         config.eval.estimator = "low_variance"
     config.sampling.update(num_samples=3, batch_size=3, max_length=128, num_steps=128)

@@ -4,6 +4,7 @@ bd3 sample --workdir=runs/quickstart --config.sampling.nucleus=0.8
 """
 
 import json
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -14,9 +15,14 @@ from bd3_jax.errors import UserError
 def get_config(workdir: str) -> ConfigDict:
     path = epath.Path(workdir) / "config.json"
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(), object_hook=_with_tuples)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict) or "objective" not in settings:
         raise UserError(f"{path} does not hold the settings of a run; choose another --workdir, or give --config")
     return ConfigDict(settings)
+
+
+def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """Settings that have several values are tuples, for which JSON has only lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}

@@ -37,8 +37,7 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sharding import batch_shards, make_mesh
 from bd3_jax.special_ids import SpecialIds
-from bd3_jax.training.loop import trace_update
-from bd3_jax.training.state import make_optimizer
+from bd3_jax.training.update import make_program
 
 OBJECTIVES, MODES = ("bd3lm", "mdlm", "sedd", "ar"), ("train", "eval", "sample")
 BLOCK_SIZE = 16
@@ -112,7 +111,7 @@ def ours(config: Config, mode: str, vocab_size: int) -> Program:
     rng, length = np.random.default_rng(0), model.length
     began = time.perf_counter()
     if mode == "train":
-        init, abstract, traced = trace_update(model, make_optimizer(config.optimizer, 1_000_000), config, mesh)
+        _, init, abstract, traced = make_program(model, config, mesh)
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - began
         state = jax.jit(init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()

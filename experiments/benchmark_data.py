@@ -118,8 +118,8 @@ def training(config: Config) -> float:
     import jax
 
     from bd3_jax.language_model import LanguageModel
-    from bd3_jax.training.loop import make_update
     from bd3_jax.training.state import init_state, make_optimizer
+    from bd3_jax.training.update import make_update
 
     dataset, size = open_dataset(config.data, config.model.length, "train"), config.training.batch_size
     model = LanguageModel.from_config(config, dataset.tokenizer.ids)

@@ -101,6 +101,20 @@ IMPOSSIBLE = [
     (dict(optimizer__clip_norm=0.0), "config.optimizer.clip_norm"),
     (dict(training__batch_size=0), "config.training.batch_size is 0; allowed: 1 or more"),
     (dict(training__log_every=0), "config.training.log_every"),
+    (dict(training__microbatches=3), "config.training.microbatches is 3; allowed: a divisor of training.batch_size"),
+    (dict(training__max_skipped=0), "config.training.max_skipped is 0; allowed: 1 or more"),
+    (dict(training__keep_best=-1), "config.training.keep_best is -1; allowed: 0 or more"),
+    (dict(training__sigterm_status=300), "config.training.sigterm_status is 300; allowed: 0 to 255"),
+    (dict(profile_steps=-1), "config.profile_steps is -1; allowed: 0 or more"),
+    (dict(search__widths=(1.5,)), "config.search.widths is (1.5,); allowed: 0 < width < 1"),
+    (dict(search__widths=0.5), "config.search.widths must be a tuple of float values, found 0.5"),
+    (dict(search__widths=(0.5, "x")), "config.search.widths must be of type float, found 'x'"),
+    (dict(search__num_batches=0), "config.search.num_batches is 0; allowed: 1 or more"),
+    (dict(search__enabled=True, noise__schedule="cosine"), "config.search.enabled is True; allowed: False with noise"),
+    (
+        dict(search__enabled=True, search__widths=(0.05,), noise__resample=True),
+        "config.search.widths is (0.05,); allowed: 1/16 or more",
+    ),
     (dict(eval__split=""), "config.eval.split"),
     (dict(eval__num_batches=-1), "config.eval.num_batches is -1; allowed: 0 or more"),
     (dict(sampling__sampler="analytic"), "config.sampling.sampler is 'analytic'; allowed: first_hitting, ancestral"),
@@ -157,6 +171,12 @@ def test_the_loss_weight_of_1_is_not_for_sedd():
     assert resolve("sedd", noise__low=0.5).noise.low == 0.5
     with pytest.raises(UserError, match=r"noise\.low is 0.6; allowed: up to 0.5 for objective sedd"):
         resolve("sedd", noise__low=0.6)
+
+
+@pytest.mark.parametrize("string", ["ar", "sedd"])
+def test_the_search_is_for_subs(string):
+    with pytest.raises(UserError, match=rf"search\.enabled is True; allowed: False for objective {string}"):
+        resolve(string, search__enabled=True)
 
 
 def test_a_missing_setting_is_named():

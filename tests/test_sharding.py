@@ -1,5 +1,7 @@
 """The rules on meshes of any size, without devices."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
@@ -41,6 +43,50 @@ def test_a_mesh_that_is_not_all_devices_is_refused():
     for config in (MeshConfig(-1, count + 1, 1), MeshConfig(count + 1, 1, 1), MeshConfig(count, 1, 2)):
         with pytest.raises(UserError, match=rf"config.mesh.data, fsdp, tensor are {config.data}, .* {count}, "):
             sharding.make_mesh(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What JAX says of a device of a slice."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_lie_along_data():
+    devices = [Device(n, n // 4) for n in range(8)]
+    found = sharding.arrange(devices, (4, 2, 1), 2)
+    assert [[device.slice_index for device in row] for row in found[:, :, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match=r"config\.mesh\.data is 1; allowed: a multiple of 2, the number of slices"):
+        sharding.arrange(devices, (1, 8, 1), 2)
+
+
+class Rows:
+    """A sharding of 8 rows over four processes of two devices, as far as `host_share` asks."""
+
+    def __init__(self, starts):
+        self.starts = starts
+
+    def devices_indices_map(self, shape):
+        return {Device(n, 0, n // 2): (slice(start, start + 2),) for n, start in enumerate(self.starts)}
+
+
+@pytest.mark.parametrize(
+    ("starts", "shares"),
+    [
+        ((0, 1, 2, 3, 4, 5, 6, 7), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((0, 0, 2, 2, 4, 4, 6, 6), [(0, 4), (1, 4), (2, 4), (3, 4)]),  # `tensor` within a host
+        ((0, 4, 0, 4, 0, 4, 0, 4), [(0, 1), (0, 1), (0, 1), (0, 1)]),  # over hosts: each has all rows
+        ((0, 2, 0, 2, 4, 6, 4, 6), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_hosts_with_the_same_rows_read_the_same(starts, shares, monkeypatch):
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.host_share(Rows(starts), 8) == share
 
 
 def test_a_batch_that_cannot_be_split_is_refused():

@@ -8,6 +8,7 @@ the one before. `WORKDIR/config.json` beside them says what they are checkpoints
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import re
@@ -21,7 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    EveryNSteps,
+    LatestN,
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.config import Config
@@ -48,17 +56,30 @@ sys.unraisablehook = _quiet
 class Checkpoints:
     """The checkpoints of one run, written while training goes on."""
 
-    def __init__(self, workdir: epath.Path, keep: int):
-        """`keep`: the last so many are kept."""
-        options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(workdir.resolve() / FOLDER, options=options)
+    def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
+        """Kept are the last `keep`, those of every so many steps, and the `best` with the lowest score; 0: none."""
+        folder = workdir.resolve() / FOLDER
+        self._scores = _read_scores(folder)
+        policies: list[PreservationPolicy] = [LatestN(keep), _Best(best, self._scores)]
+        if every:
+            policies.append(EveryNSteps(every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(
-        self, step: int, state: Any, position: dict[str, Any], stream: grain.DatasetIterator | None = None
+        self,
+        step: int,
+        state: Any,
+        position: dict[str, Any],
+        stream: grain.DatasetIterator | None = None,
+        score: float | None = None,
     ) -> None:
         """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`.
 
-        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state.
+        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state. `score`:
+        the lower the better.
 
         Raises:
           UserError: the disk is full, or the like; it may be the one before that could not be written.
@@ -68,6 +89,9 @@ class Checkpoints:
             items["stream"] = grain.checkpoint.CheckpointSave(stream)
             position = position | {"hosts": jax.process_count()}
         items["position"] = ocp.args.JsonSave(position)
+        if score is not None:
+            items["score"] = ocp.args.JsonSave({"score": score})
+            self._scores[step] = score
         with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -132,9 +156,35 @@ class Checkpoints:
             ) from error
 
 
+@dataclasses.dataclass
+class _Best(PreservationPolicy):
+    """Keeps so many with the lowest score."""
+
+    count: int
+    scores: dict[int, float]  # step -> score, of those that have one
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        scored = [checkpoint.step for checkpoint in checkpoints if checkpoint.step in self.scores]
+        best = sorted(scored, key=self.scores.__getitem__)[: self.count]
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+def _read_scores(folder: epath.Path) -> dict[int, float]:
+    found = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    paths = {step: folder / str(step) / "score" / "metadata" for step in found}
+    return {step: json.loads(path.read_text())["score"] for step, path in paths.items() if path.exists()}
+
+
 def latest_step(workdir: epath.Path) -> int | None:
     """Step of the newest complete checkpoint of a run, readable or not; nothing is created."""
     return next(iter(_newest_first(workdir)), None)
+
+
+def steps(workdir: epath.Path) -> list[int]:
+    """Steps of all complete checkpoints of a run, ascending; nothing is created."""
+    return _newest_first(workdir)[::-1]
 
 
 def restore_params(

@@ -16,8 +16,10 @@ FILE_NAME = "config.json"
 
 # Settings under which a run may be continued: none changes the model or the data.
 _FREE = (
-    "training.num_steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
-    "training.keep_checkpoints", "eval", "sampling", "mesh", "data.source", "data.directory",
+    "training.num_steps", "training.microbatches", "training.max_skipped", "training.log_every", "training.eval_every",
+    "training.sample_every", "training.checkpoint_every", "training.keep_checkpoints", "training.keep_every",
+    "training.keep_best", "training.sigterm_status", "training.wandb_project", "profile_steps", "search",
+    "eval", "sampling", "mesh", "data.source", "data.directory",
     "model.attention", "model.attention_chunk", "model.scan_unroll", "model.remat", "model.max_logits",
 )  # fmt: skip
 # Settings that have to fit the parameters.

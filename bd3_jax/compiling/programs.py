@@ -17,8 +17,7 @@ from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
-from bd3_jax.training.loop import trace_update
-from bd3_jax.training.state import make_optimizer
+from bd3_jax.training.update import make_program
 
 # Tokenizer -> V with the mask, and the mask's id; neither text nor a tokenizer's file is needed to compile.
 VOCABULARIES = {
@@ -49,9 +48,7 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     mesh = sharding.make_mesh(config.mesh, devices)
     model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
     if mode == "train":
-        _, state, traced = trace_update(
-            model, make_optimizer(config.optimizer, config.training.num_steps), config, mesh
-        )
+        _, _, state, traced = make_program(model, config, mesh)
         kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
         return Program(traced, {name: _bytes(tree) for name, tree in kinds.items()}, config.training.batch_size)
     params = jax.tree.map(

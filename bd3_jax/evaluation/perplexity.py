@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
-from bd3_jax.config import Config, EvalConfig
+from bd3_jax.config import Config, Estimator, EvalConfig
 from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_data
 from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
@@ -23,9 +23,15 @@ from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.metrics import FILE_NAME as METRICS
 from bd3_jax.metrics import append_metrics
 from bd3_jax.models.transformer import Params
-from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings
+from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, param_shardings, place
+
+Batch = tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]  # rows, and which are no mere padding
+
+POSITIONS = 32
+"""At most so many figures are kept of the positions in a block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Result:
       insert_special: whether rows begin with BOS and end with EOS.
       insert_eos: whether EOS follows every document.
       first_counted: whether the loss of position 0 counts.
+      by_position: nats per counted token at each position in a block, or at so many adjacent ones together that there
+        are at most `POSITIONS`; empty where a block has one token.
     """
 
     nll: float
@@ -55,33 +63,38 @@ class Result:
     insert_special: bool
     insert_eos: bool
     first_counted: bool
+    by_position: tuple[float, ...] = ()  # nan where nothing is counted
 
     @classmethod
     def of(
         cls,
         lm: LanguageModel,
-        losses: Float[np.ndarray, "n"],
+        losses: Float[np.ndarray, "n P"],
         length: int,
         estimator: str,
         split: str,
         insert_special: bool,
         insert_eos: bool,
     ) -> "Result":
-        """Pools the summed losses of n sequences of `length` tokens."""
-        counted = lm.counted(length)
-        counts = np.full(losses.shape, int(counted.sum()))
-        nll, error = pool(losses, counts)
+        """Pools the losses of n sequences of `length` tokens, see `sequence_losses`."""
+        counted = np.asarray(lm.counted(length))
+        counts = np.full(len(losses), int(counted.sum()))
+        nll, error = pool(losses.sum(1), counts)
+        groups = losses.shape[1]
+        at_positions = counted.reshape(-1, groups, lm.block_size // groups).sum((0, 2)) * len(losses)
+        means = np.where(at_positions, losses.sum(0) / np.maximum(at_positions, 1), math.nan)
         return cls(
             nll=nll,
             standard_error=error,
             tokens=int(counts.sum()),
             sequences=len(losses),
-            nonfinite=int((~np.isfinite(losses)).sum()),
+            nonfinite=int((~np.isfinite(losses)).any(1).sum()),
             estimator="exact" if lm.is_exact else estimator,
             split=split,
             insert_special=insert_special,
             insert_eos=insert_eos,
             first_counted=bool(counted[0]),
+            by_position=tuple(means.tolist()) if groups > 1 else (),
         )
 
     @property
@@ -103,7 +116,13 @@ class Result:
         """Flat names for a line of `metrics.jsonl`."""
         derived = ("bits_per_token", "perplexity", "perplexity_standard_error")
         values = dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        values["nll_by_position"] = [nll if math.isfinite(nll) else None for nll in values.pop("by_position")]
         return {f"eval/{name}": value for name, value in values.items()}
+
+    def beside(self) -> dict[str, Any]:
+        """The same for a second estimate of what another result says, under names of its own."""
+        names = ("nll", "standard_error", "perplexity", "perplexity_standard_error")
+        return {f"eval/{self.estimator}/{name}": getattr(self, name) for name in names}
 
     def table(self) -> str:
         """For the terminal: a line for each figure."""
@@ -134,6 +153,15 @@ def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[
     return float(mean), float(error)
 
 
+def estimates(lm: LanguageModel, config: EvalConfig) -> tuple[EvalConfig, ...]:
+    """`config`, then the same with the other estimator, where it is wanted and there is another."""
+    has_two = lm.objective in ("mdlm", "bd3lm") and not lm.is_exact and lm.noise.schedule != "scaled_loglinear"
+    if not (config.both_estimators and has_two):
+        return (config,)
+    other: Estimator = "low_variance" if config.estimator == "monte_carlo" else "monte_carlo"
+    return config, dataclasses.replace(config, estimator=other)
+
+
 def evaluate_params(
     lm: LanguageModel,
     params: Params,
@@ -142,6 +170,7 @@ def evaluate_params(
     num_batches: int = 0,
     sharding: jax.sharding.NamedSharding | None = None,
     progress: bool = False,
+    watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Result:
     """Evaluates parameters on the first `num_batches` batches of a split (0: all of it), without dropout.
 
@@ -156,12 +185,13 @@ def evaluate_params(
       num_batches: 0 for the whole split.
       sharding: of the batches `[b, L]`, where params are spread over a mesh.
       progress: whether to show a bar.
+      watch: gives the batches on, or raises to end the evaluation early.
     """
     losses = sequence_losses(
         lm,
         params,
         tqdm(
-            eval_batches(dataset, config.batch_size, num_batches),
+            watch(eval_batches(dataset, config.batch_size, num_batches)),
             "evaluating",
             count_batches(dataset, config.batch_size, num_batches),
             disable=not progress,
@@ -184,19 +214,19 @@ def evaluate_params(
 def sequence_losses(
     lm: LanguageModel,
     params: Params,
-    batches: Iterable[tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]],
+    batches: Iterable[Batch],
     config: EvalConfig,
     sharding: jax.sharding.NamedSharding | None = None,
-) -> Float[np.ndarray, "n"]:
-    """Summed losses of the counted tokens of every sequence, nats, float64.
+) -> Float[np.ndarray, "n P"]:
+    """Summed losses of the counted tokens of every sequence at each (group of) position(s) in a block, nats, float64.
 
-    Batch i draws its noise from fold_in(config.seed, i). `batches` gives rows, and which of them are no mere padding.
+    Batch i draws its noise from fold_in(config.seed, i).
     """
     sum_losses = likelihood_program(lm, config.estimator, sharding)
     key = jax.random.key(config.seed)
     sums = []
     for index, (rows, is_real) in enumerate(batches):
-        batch = jnp.asarray(rows) if sharding is None else jax.device_put(rows, sharding)
+        batch = jnp.asarray(rows) if sharding is None else place(rows, sharding)
         sums.append(np.asarray(sum_losses(params, batch, jax.random.fold_in(key, index)), np.float64)[is_real])
     return np.concatenate(sums)
 
@@ -206,10 +236,13 @@ def likelihood_program(
     lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None
 ) -> jax.stages.Wrapped:
     """Summed losses of the counted tokens of every row, nats; on every host, where a mesh spans several."""
+    groups = next(n for n in range(min(lm.block_size, POSITIONS), 0, -1) if lm.block_size % n == 0)
 
-    def sum_losses(params: Params, rows: Int[Array, "b L"], key: PRNGKeyArray) -> Float[Array, "b"]:
-        losses = lm.eval_losses(params, rows, key, estimator)
-        return jnp.where(lm.counted(rows.shape[1]), losses, 0).sum(-1)
+    def sum_losses(params: Params, rows: Int[Array, "b L"], key: PRNGKeyArray) -> Float[Array, "b P"]:
+        with by_rows(sharding):
+            losses = lm.eval_losses(params, rows, key, estimator)
+        counted = jnp.where(lm.counted(rows.shape[1]), losses, 0)
+        return counted.reshape(len(rows), -1, groups, lm.block_size // groups).sum((1, 3))
 
     if sharding is None:
         return jax.jit(sum_losses)
@@ -217,38 +250,68 @@ def likelihood_program(
     return jax.jit(sum_losses, out_shardings=everywhere)
 
 
-def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
-    """Evaluates the latest checkpoint of a run on the whole of `config.eval.split`, prints and records the figures.
+class OpenRun(NamedTuple):
+    """A checkpoint on the devices, and how they split batches of `config.eval.batch_size` rows."""
+
+    step: int
+    lm: LanguageModel
+    params: Params
+    split: jax.sharding.NamedSharding
+
+
+def open_run(config: Config, workdir: epath.Path, dataset: Dataset | Stream, step: int | None = None) -> OpenRun:
+    """Opens the checkpoint of that step, the newest by default, for rows such as those of `dataset`.
+
+    Raises:
+      UserError: if there is none, or run, rows and settings do not fit each other.
+    """
+    mesh = make_mesh(config.mesh)
+    split = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
+    check_tokenizer(dataset, workdir)
+    lm = LanguageModel.from_config(config, dataset.tokenizer.ids, batch_shards(mesh))
+    shardings = param_shardings(mesh, lm.network)
+    params, found = orbax.restore_params(config, workdir, config.eval.weights, shardings, step)
+    return OpenRun(found, lm, params, split)
+
+
+def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_name: str = METRICS) -> dict[str, Any]:
+    """Evaluates a checkpoint on the whole of `config.eval.split`, prints and records the figures.
+
+    Args:
+      config: settings of the run, and how to evaluate.
+      workdir: the run.
+      step: of the checkpoint; the newest by default.
+      file_name: of the records in `workdir` to which this one is appended.
 
     Returns:
-      the record that was appended to `workdir/metrics.jsonl`: `step`, `eval/nll`, `eval/perplexity` and the like.
+      the record: `step`, `eval/nll`, `eval/perplexity` and the like.
 
     Raises:
       UserError: if there is no checkpoint or no such split, or they do not fit each other or the settings.
     """
     require_writable(workdir, "--workdir")
-    mesh = make_mesh(config.mesh)
-    split_rows = batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
     dataset = open_data(config.data, config.model.length, config.eval.split)
-    _check_tokenizer(dataset, workdir)
-    lm = LanguageModel.from_config(config, dataset.tokenizer.ids, batch_shards(mesh))
-    shardings = param_shardings(mesh, lm.network)
-    params, step = orbax.restore_params(config, workdir, config.eval.weights, shardings)
-
-    first = jax.process_index() == 0
-    result = evaluate_params(lm, params, dataset, config.eval, sharding=split_rows, progress=first)
-    record = {"step": step, **result.record()}
+    run, first = open_run(config, workdir, dataset, step), jax.process_index() == 0
+    result, *others = (
+        evaluate_params(run.lm, run.params, dataset, settings, sharding=run.split, progress=first)
+        for settings in estimates(run.lm, config.eval)
+    )
+    record = {"step": run.step, **result.record()}
+    for other in others:
+        record |= other.beside()
     if first:
-        print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+        print(f"{'checkpoint':<15} step {run.step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+        for other in others:
+            print(f"{'or':<15} {other.nll:.4f} +- {other.standard_error:.4f}, {other.estimator} estimate")
         if result.nonfinite:
             print(f"warning: the loss of {result.nonfinite} of {result.sequences} rows is not finite", file=sys.stderr)
-        if not lm.is_exact:
+        if not run.lm.is_exact:
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
-        append_metrics(workdir, record)
+        append_metrics(workdir, record, file_name)
     return record
 
 
-def _check_tokenizer(dataset: Dataset | Stream, workdir: epath.Path) -> None:
+def check_tokenizer(dataset: Dataset | Stream, workdir: epath.Path) -> None:
     """Other tokens of the same number would give a figure all the same. Without its tokenizer, a run has its V."""
     folder = workdir / "tokenizer"
     if not (folder / TOKENIZER_FILE).exists():

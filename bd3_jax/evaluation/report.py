@@ -50,6 +50,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     samples = read_records(workdir / "samples.jsonl")
     if not all(isinstance(sample.get("text"), str) for sample in samples):
         raise UserError(f"{workdir / 'samples.jsonl'} has a record without text, so bd3 sample did not write it")
+    samples = samples or [{"text": text} for text in _last(metrics, "samples/text") or []]
     page = _page(workdir.resolve().name, config, metrics, samples)
     path = workdir / "report.html"
     path.write_text(page)
@@ -79,11 +80,17 @@ def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: lis
         _chart("Training loss, nats per token", series(metrics, "train/loss")),
         _chart("Validation perplexity", series(comparable(metrics), "eval/perplexity")),
         _chart("Gradient norm", series(metrics, "train/grad_norm")),
+        _chart("Parameter norm", series(metrics, "train/param_norm")),
         _chart("Learning rate", series(metrics, "train/learning_rate")),
+        _chart("Tokens per second", series(metrics, "train/tokens_per_second")),
+        _chart("Model FLOP utilisation", series(metrics, "train/mfu")),
+        _chart("Steps skipped, not finite", [point for point in series(metrics, "train/skipped") if point[1]]),
+        _position_chart(metrics),
     ]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<div class="charts">{"".join(charts)}</div>',
+        _search(metrics),
         "<h2>Samples</h2>",
         "".join(_sample(sample) for sample in samples[-8:]) or '<p class="soft">None yet: bd3 sample draws some.</p>',
         f"<h2>Metrics</h2>{_last_values(metrics)}",
@@ -116,14 +123,51 @@ def _environment() -> str:
     return f"Written on {platform.platform()}, Python {platform.python_version()}; {versions}."
 
 
-def _chart(title: str, points: Series) -> str:
+def _last(metrics: list[dict[str, Any]], name: str) -> Any:
+    """The last value of a metric; None where no record has it."""
+    return next((record[name] for record in reversed(metrics) if name in record), None)
+
+
+def _position_chart(metrics: list[dict[str, Any]]) -> str:
+    """NLL at each position in a block, in the last validation."""
+    values = _last(metrics, "eval/nll_by_position") or []
+    points: Series = [(place, value) for place, value in enumerate(values, 1) if value is not None]
+    return _chart("Validation NLL, nats per token", points, "position in block") if len(points) > 1 else ""
+
+
+def _search(metrics: list[dict[str, Any]]) -> str:
+    """The last search of the interval: a chart for each width, and a table; and what was chosen before."""
+    rows: list[list[float]] = _last(metrics, "search/candidates") or []
+    if not rows:
+        return ""
+    chosen = [_last(metrics, "search/low"), _last(metrics, "search/high")]
+    widths = sorted({round(high - low, 2) for low, high, _ in rows})
+    lines = [
+        (f"Variance at width {width:g}", [(low, value) for low, high, value in rows if round(high - low, 2) == width])
+        for width in widths
+    ]
+    charts = [_chart(title, points, "lower bound") for title, points in lines if len(points) > 1]
+    charts += [_chart(f"Chosen {name} bound", series(metrics, f"search/{name}")) for name in ("low", "high")]
+    cells = "".join(
+        f"<tr><td>U[{low:g}, {high:g}]{' (chosen)' if [low, high] == chosen else ''}</td><td>{value:,.6g}</td></tr>"
+        for low, high, value in rows
+    )
+    heads = "<tr><th class=soft>interval</th><th class=soft>variance of a block's mean loss</th></tr>"
+    seconds = _last(metrics, "search/seconds")
+    return (
+        f'<h2>Search of the interval</h2><p class="soft">The last of them took {seconds:.1f} s.</p>'
+        f'<div class="charts">{"".join(charts)}</div><table>{heads}{cells}</table>'
+    )
+
+
+def _chart(title: str, points: Series, axis: str = "step") -> str:
     """A line chart as SVG; the vertical axis holds the data, not zero."""
     if not points:
         return ""
     width, height, left, right, top, bottom = 480, 240, 52, 12, 10, 24
     steps, values = [p[0] for p in points], [p[1] for p in points]
     low, high = _padded(min(values), max(values))
-    first, last = min(steps), max(max(steps), min(steps) + 1)
+    first, last = min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1
 
     def place(step: float, value: float) -> tuple[float, float]:
         x = left + (step - first) / (last - first) * (width - left - right)
@@ -136,13 +180,13 @@ def _chart(title: str, points: Series) -> str:
         grid.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     for step in _ticks(first, last):
         x, _ = place(step, low)
-        grid.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{step:,.0f}</text>')
+        grid.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{step:,.6g}</text>')
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
     line = f'<polyline points="{path}" fill="none" stroke="var(--line)" stroke-width="1.8"/>'
     x, y = place(*points[-1])
     dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--line)"/>'
-    caption = f"{html.escape(title)}, by step <span class=soft>last {values[-1]:.4g}</span>"
-    label = f"{html.escape(title)} by step"
+    caption = f"{html.escape(title)}, by {axis} <span class=soft>last {values[-1]:.4g}</span>"
+    label = f"{html.escape(title)} by {axis}"
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(grid)}{line}{dot}</svg>'
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 

@@ -23,6 +23,7 @@ from bd3_jax.models.layer import REMAT_SAVED, Entry, Exit, Layer, normalise
 
 Params = dict[str, Any]
 TIME_FEATURES = 256
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over which rows are split
 
 
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, axes: tuple[str | None, ...]) -> nnx.Param:
@@ -33,6 +34,16 @@ def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, axes: tuple[st
 
 def _constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def _by_rows(x: Float[Array, "b s L d"]) -> Float[Array, "b s L d"]:
+    """On a mesh (`jax.sharding.use_abstract_mesh`): every device has some rows, each of them whole.
+
+    The compiler would else split their width, as the parameters' is over fsdp, and have all rows on every device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(BATCH_AXES))
 
 
 def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Array, Array]:
@@ -228,7 +239,7 @@ class Network:
         def apply_block(x: Array, index: Array | int, block: Any, streams: int) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             layer = nnx.merge(graph, block).layer(cond, dtype)
-            return layer(x, rotary, attend, key, streams)[0]
+            return _by_rows(layer(_by_rows(x), rotary, attend, key, streams)[0])
 
         apply_block = self._rematerialised(apply_block)
         # The last layer stands outside the scan: of its clean half only keys and values are needed.

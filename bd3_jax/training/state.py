@@ -21,7 +21,8 @@ class TrainState:
     There is no random key: every draw folds the step into the seed.
 
     Attributes:
-      step: updates done.
+      step: batches seen: updates done, and those that were skipped.
+      skipped: how many of the last ones were skipped, in a row.
       params: float32.
       ema: exponential moving average of `params`, the weights that are evaluated and sampled.
       opt_state: Adam's moments and counts.
@@ -30,6 +31,7 @@ class TrainState:
     """
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
     params: Params
     ema: Params
     opt_state: optax.OptState
@@ -48,6 +50,7 @@ def start_state(optimizer: optax.GradientTransformation, config: Config, params:
     """The state before the first update, from any parameters; the average starts at them, all else anew."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),  # never the same buffer: each is updated in place
         opt_state=optimizer.init(params),
@@ -70,6 +73,13 @@ def shard_state(
         params=jax.tree.map(place, abstract.params, shardings),
         ema=jax.tree.map(place, abstract.ema, shardings),
         opt_state=optax.tree.map_params(optimizer, place, abstract.opt_state, shardings, transform_non_params=place),
+    )
+
+
+def updates_done(state: TrainState) -> Int[Array, ""]:
+    """The optimiser's own count, without the steps that were skipped: learning rate and average follow it."""
+    return optax.tree.get(
+        state.opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == "ScaleByScheduleState"
     )
 
 

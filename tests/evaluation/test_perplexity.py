@@ -19,7 +19,9 @@ from bd3_jax.language_model import LanguageModel
 
 
 def settings(**changes):
-    base = EvalConfig("validation", batch_size=4, num_batches=0, estimator="monte_carlo", seed=0, weights="ema")
+    base = EvalConfig(
+        "validation", batch_size=4, num_batches=0, estimator="monte_carlo", both_estimators=False, seed=0, weights="ema"
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -112,18 +114,18 @@ def test_another_tokenizer_of_the_same_size_is_refused(dataset, tmp_path):
     other = train_bpe(["seven eight nine seven eight nine"] * 3, 260)
     assert trained.ids == other.ids
     trained.save(epath.Path(tmp_path) / "tokenizer")
-    perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=trained), epath.Path(tmp_path))
+    perplexity.check_tokenizer(dataclasses.replace(dataset(), tokenizer=trained), epath.Path(tmp_path))
     with pytest.raises(UserError, match=r"nowhere has another tokenizer.*--config.data.tokenizer="):
-        perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=other), epath.Path(tmp_path))
+        perplexity.check_tokenizer(dataclasses.replace(dataset(), tokenizer=other), epath.Path(tmp_path))
 
 
 def test_without_its_tokenizer_a_run_still_has_its_vocabulary(toy_lm, random_params, dataset, tmp_path):
     lm, workdir = toy_lm("ar", vocab_size=258), epath.Path(tmp_path)
     orbax.save_params(workdir, 7, random_params(lm), 0.0, 1.0)
     bytes_258, trained_259 = bytes_tokenizer(), train_bpe(["one two"], 258)
-    perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=bytes_258), workdir)
+    perplexity.check_tokenizer(dataclasses.replace(dataset(), tokenizer=bytes_258), workdir)
     with pytest.raises(UserError, match=r"nowhere has V = 259 with the mask, but .* was trained with 258"):
-        perplexity._check_tokenizer(dataclasses.replace(dataset(), tokenizer=trained_259), workdir)
+        perplexity.check_tokenizer(dataclasses.replace(dataset(), tokenizer=trained_259), workdir)
 
 
 def test_compiled_once(toy_lm, random_params, dataset):

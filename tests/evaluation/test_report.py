@@ -67,6 +67,20 @@ def test_page_is_well_formed_offline_and_escaped(run: Path) -> None:
     assert not page.links
 
 
+def test_search_and_positions_are_drawn(run: Path) -> None:
+    candidates = [[0.001, 1.0, 4.0], [0.001, 0.5, 3.0], [0.25, 0.75, 1.5], [0.5, 1.0, 2.0]]
+    record = {"step": 100, "eval/nll_by_position": [3.0, 2.5, None, 2.0], "search/candidates": candidates}
+    record |= {"search/low": 0.25, "search/high": 0.75, "search/seconds": 1.5}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    page = Page(write_report(epath.Path(run)).read_text())
+    assert "Validation NLL, nats per token, by position in block last 2" in page.text
+    assert "Variance at width 0.5, by lower bound last 2" in page.text
+    assert "width 1," not in page.text  # one point is no line
+    assert "U[0.25, 0.75] (chosen)1.5" in page.text
+    assert page.text.count("(chosen)") == 1
+
+
 def test_half_written_last_line_is_left_out(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 200, "train/lo')

@@ -18,8 +18,8 @@ from bd3_jax.config import MeshConfig, from_config_dict
 from bd3_jax.configs import workdir
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.training.loop import make_update
 from bd3_jax.training.state import init_state, make_optimizer, shard_state
+from bd3_jax.training.update import make_update
 
 STEPS = 4
 
@@ -57,7 +57,9 @@ def run(config, model, dataset, name):
     for part, tree in trees.items():
         held |= {f"{part}/qkv": shard(tree["blocks"]["qkv"]), f"{part}/output": shard(tree["output"]["kernel"])}
 
-    update, losses = jax.jit(make_update(model, optimizer, config), out_shardings=(shardings, None)), []
+    update = jax.jit(make_update(model, optimizer, config, rows), donate_argnums=0, out_shardings=(shardings, None))
+    update, losses = update.lower(state, batch).compile(), []
+    memory = update.memory_analysis()
     for step in range(STEPS):
         state, metrics = update(state, batch)
         losses.append(float(metrics["train/loss"]))
@@ -66,7 +68,8 @@ def run(config, model, dataset, name):
             moments, _ = jax.tree_util.tree_flatten_with_path(optax.tree.get(state.opt_state, "mu"))
             scale = 1 / (1 - config.optimizer.beta1)
             grads = {jax.tree_util.keystr(path): (np.ravel(m) * scale).tolist() for path, m in moments}
-    return {"grads": grads, "losses": losses, "held": held}
+    bytes_held = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+    return {"grads": grads, "losses": losses, "held": held, "memory": bytes_held}
 
 
 def shard(array):

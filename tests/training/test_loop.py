@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.checkpoints.orbax import latest_step, restore_params
-from bd3_jax.data.pipeline import train_batches
+from bd3_jax.data.pipeline import eval_batches, train_batches
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate
 from bd3_jax.folders import alone
 from bd3_jax.sampling.run import sample
-from bd3_jax.training import loop
+from bd3_jax.training import loop, validation
 from bd3_jax.training.loop import train
 from tests.training.runs import records
 
@@ -55,7 +55,7 @@ def test_what_a_run_leaves(uninterrupted):
     # Warm-up: update n of 4 has (n - 1)/4 of the rate.
     assert [found[step, "train/learning_rate"] for step in (2, 4, 6)] == pytest.approx([0.25e-3, 0.75e-3, 1e-3])
     assert found[0, "eval/nll"] > found[6, "eval/nll"]
-    assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
     assert (workdir / "tokenizer" / "tokenizer.json").exists()
     assert (workdir / "manifest.json").exists()
     assert list((workdir / "tensorboard").iterdir())
@@ -113,6 +113,62 @@ def test_every_objective_continues_exactly(tiny_config, tmp_path, monkeypatch, s
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
     ours, theirs = (restore_params(config, epath.Path(tmp_path / run), "raw")[0] for run in ("stopped", "whole"))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+SEARCH = {
+    "search.enabled": True, "search.num_batches": 1, "search.batch_size": 8, "search.widths": (0.9,),
+    "noise.resample": True, "training.microbatches": 2, "training.sample_every": 2,
+}  # fmt: skip
+
+
+def stopped_validation(at):
+    """`eval_batches` of the search that sends SIGTERM the `at`-th time."""
+    calls = iter(range(1, 100))
+
+    def read(*args):
+        if next(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return eval_batches(*args)
+
+    return read
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monkeypatch, at):
+    """At step 0 or 2; the run continues exactly, with accumulation, the search and samples."""
+    config = tiny_config("bd3lm,block_size=4", **SEARCH, **{"training.num_steps": 4, "training.eval_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "eval_batches", stopped_validation(at))
+        with pytest.raises(SystemExit):
+            train(config, epath.Path(tmp_path / "stopped"))
+    assert latest_step(epath.Path(tmp_path / "stopped")) == 2 * (at - 1)
+    for name in ("stopped", "whole"):
+        train(config, epath.Path(tmp_path / name))
+    found, wanted = (records(tmp_path / name) for name in ("stopped", "whole"))
+    assert found == wanted
+    assert [step for step, name in found if name == "samples/text"] == [2, 4]
+    for step in (0, 2):  # the chosen interval is used from the next step on
+        chosen = (found[step, "search/low"], found[step, "search/high"])
+        used = (found[step + 1, "train/interval_low"], found[step + 1, "train/interval_high"])
+        assert used == pytest.approx(chosen)
+        table = found[step, "search/candidates"]
+        assert min(table, key=lambda row: row[2])[:2] == list(chosen)
+    assert orbax.summarize(epath.Path(tmp_path / "whole")).low == pytest.approx(found[4, "search/low"])
+
+
+def test_the_status_after_sigterm_is_a_setting(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config("ar", **EVERY, **{"training.sigterm_status": 75})
+    monkeypatch.setattr(loop, "train_batches", interrupted_reader(1, signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        train(config, tmp_path)
+    assert ended.value.code == 75
+
+
+def test_some_steps_are_traced(tiny_config, tmp_path):
+    """From the 11th of the session on."""
+    few = {"training.num_steps": 12, "training.eval_every": 100, "training.log_every": 100, "eval.num_batches": 1}
+    train(tiny_config("ar", **few, profile_steps=1), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +268,7 @@ def test_more_steps_under_a_cosine_change_the_rate(tiny_config, tmp_path, capsys
 
 
 def test_the_host_stays_ahead_of_the_device(uninterrupted, tmp_path, monkeypatch):
-    """It waits for a step when two more are on their way, records or not."""
+    """It waits for a step when two more are on their way, records or not; in the end for all."""
     config, _ = uninterrupted
     read, waits = [], []
 
@@ -226,7 +282,7 @@ def test_the_host_stays_ahead_of_the_device(uninterrupted, tmp_path, monkeypatch
         jax, "block_until_ready", lambda metrics: waits.append((len(read), float(metrics["train/loss"])))
     )
     train(config, tmp_path)
-    assert [steps for steps, _ in waits] == [3, 4, 5, 6]
+    assert [steps for steps, _ in waits] == [3, 4, 5, 6, 6, 6]
     losses = records(tmp_path)
     assert [np.mean([loss for _, loss in waits[i : i + 2]]) for i in (0, 2)] == pytest.approx(
         [losses[step, "train/loss"] for step in (2, 4)]

@@ -14,11 +14,11 @@ from bd3_jax.checkpoints import run_folder
 from bd3_jax.metrics import read_metrics
 from bd3_jax.training.loop import train
 
-MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2")
+MESHES = ("1x1x1", "8x1x1", "2x4x1", "1x8x1", "2x2x2")
 
 
 # Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
-LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16}
+LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "training.microbatches": 2}
 
 
 def run_script(name: str, *args: str) -> str:
@@ -66,6 +66,17 @@ def test_the_state_is_split(runs, mesh, qkv, output, batch):
         assert held[f"{part}/output"] == output
     assert held["batch"] == batch
     assert held["step"] == []
+
+
+def test_memory_falls_as_more_devices_split_the_state(runs):
+    """Bytes that each device holds of the state, and in all, as compiled."""
+    held = {mesh: runs[mesh]["memory"]["arguments"] for mesh in MESHES}
+    assert held["1x8x1"] < held["2x4x1"] < held["2x2x2"] * 1.1 < held["8x1x1"] / 2
+    assert held["8x1x1"] / held["1x8x1"] > 5  # 8, but for what is too small to be split
+    total = {mesh: sum(runs[mesh]["memory"].values()) for mesh in MESHES}
+    assert total["1x8x1"] < total["2x4x1"] < total["8x1x1"]
+    # Activations stay split by rows whatever splits the parameters.
+    assert runs["1x8x1"]["memory"]["temporaries"] < 1.2 * runs["8x1x1"]["memory"]["temporaries"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""`bd3 eval --suite=zeroshot`: perplexity on other corpora than the one of training (Block Diffusion, table 5)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from bd3_jax.config import Config
+from bd3_jax.data.corpora import get_corpus
+from bd3_jax.data.manifest import is_prepared
+from bd3_jax.data.pipeline import open_dataset
+from bd3_jax.errors import UserError
+from bd3_jax.evaluation.perplexity import Result, check_tokenizer, evaluate_params, open_run
+from bd3_jax.folders import require_writable
+from bd3_jax.metrics import append_metrics
+
+# Corpus, its name in the paper, the split that is evaluated, and what the paper found for the models of `PUBLISHED`.
+ZEROSHOT = (
+    ("ptb", "PTB", "validation"),
+    ("wikitext103", "WikiText", "validation"),
+    ("lm1b", "LM1B", "test"),
+    ("lambada", "LAMBADA", "test"),
+    ("ag_news", "AG News", "test"),
+    ("pubmed_papers", "PubMed", "validation"),
+    ("arxiv_papers", "arXiv", "validation"),
+)
+# (objective, block size; 0: the only one) -> perplexities in that order, of models trained on OWT without EOS.
+PUBLISHED = {
+    ("ar", 0): (81.07, 25.32, 51.14, 52.13, 52.11, 48.59, 41.22),
+    ("sedd", 0): (96.33, 35.98, 68.14, 48.93, 67.82, 45.39, 40.03),
+    ("mdlm", 0): (90.96, 33.22, 64.94, 48.29, 62.78, 43.13, 37.89),
+    ("bd3lm", 4): (96.81, 31.31, 60.88, 50.03, 61.67, 42.52, 39.20),
+}
+
+
+def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> dict[str, Result]:
+    """Evaluates the newest checkpoint of a run on every prepared corpus of `ZEROSHOT`; prints and records the table.
+
+    Rows have BOS and EOS around them and nothing between documents, as in the paper; the tokenizer is the run's.
+
+    Args:
+      config: settings of the run, and how to evaluate.
+      workdir: the run.
+      folder: holds one prepared folder for each corpus, of its name.
+
+    Returns:
+      results by corpus.
+
+    Raises:
+      UserError: none is prepared, or one with other settings.
+    """
+    prepared = [corpus for corpus, *_ in ZEROSHOT if is_prepared(folder / corpus)]
+    if not prepared:
+        raise UserError(f"--suite_data is {str(folder)!r}; allowed: a folder with one of {_names()} prepared in it")
+    require_writable(workdir, "--workdir")
+    tokenizer = config.data.tokenizer or get_corpus(config.data.corpus).tokenizer
+    rows = {}
+    for corpus, _, split in ZEROSHOT:
+        if corpus in prepared:
+            data = dataclasses.replace(
+                config.data, mode="prepared", corpus=corpus, source="", field="", directory=str(folder / corpus),
+                tokenizer=tokenizer, insert_special=True, insert_eos=False,
+            )  # fmt: skip
+            rows[corpus] = open_dataset(data, config.model.length, split)
+            check_tokenizer(rows[corpus], workdir)
+    run, first = open_run(config, workdir, rows[prepared[0]]), jax.process_index() == 0
+    results = {
+        corpus: evaluate_params(run.lm, run.params, dataset, config.eval, sharding=run.split, progress=first)
+        for corpus, dataset in rows.items()
+    }
+    if first:
+        print(table(config, workdir.name, results))
+        record: dict[str, Any] = {"step": run.step}
+        for corpus, result in results.items():
+            for name in ("nll", "standard_error", "perplexity", "tokens"):
+                record[f"zeroshot/{corpus}/{name}"] = getattr(result, name)
+        append_metrics(workdir, record)
+    return results
+
+
+def table(config: Config, name: str, results: dict[str, Result]) -> str:
+    """Our row, with standard errors in a row of its own, beside the paper's row for that model."""
+    block_size = config.block_size if config.objective == "bd3lm" else 0
+    paper = PUBLISHED.get((config.objective, block_size))
+    found = [results.get(corpus) for corpus, *_ in ZEROSHOT]
+    rows = [
+        ["", *(title for _, title, _ in ZEROSHOT)],
+        [name, *(f"{result.perplexity:.2f}" if result else "-" for result in found)],
+        ["standard error", *(f"{result.perplexity_standard_error:.2f}" if result else "-" for result in found)],
+        ["published", *(f"{value:.2f}" for value in paper or [])],
+    ]
+    if paper is None:
+        rows[-1] = ["published", *("-" for _ in ZEROSHOT)]
+    lines = ["  ".join([f"{row[0]:<20.20}", *(f"{cell:>9}" for cell in row[1:])]).rstrip() for row in rows]
+    exact = all(result is None or result.estimator == "exact" for result in found)
+    kind = "perplexity" if exact else f"upper bound of the perplexity, {config.eval.estimator} estimate"
+    missing = [corpus for corpus, *_ in ZEROSHOT if corpus not in results]
+    notes = [f"{kind}; rows of {config.model.length} tokens with BOS and EOS, nothing between documents"]
+    if missing:
+        notes.append(f"not prepared: {', '.join(missing)}")
+    return "\n".join([*lines, *notes])
+
+
+def _names() -> str:
+    return ", ".join(corpus for corpus, *_ in ZEROSHOT)

@@ -1,0 +1,64 @@
+r"""Trains on a slice of Cloud TPU: the same command on all its workers, which find each other.
+
+python experiments/launch/tpu_pod.py --tpu=NAME --zone=ZONE --create=v5litepod-16 --install \
+    --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm
+
+--create makes the slice first, as a spot one with --spot. --install copies the last commit to every worker and installs
+it. Without both, the slice is there and ready. A preempted run goes on when the same command is run again.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+import command
+
+# Accelerator types -> version of the machines' software.
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+ARCHIVE = "bd3_jax.tar.gz"
+INSTALL = f"tar xzf {ARCHIVE} && cd bd3_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
+
+
+def main(argv: Sequence[str]) -> int:
+    made = command.parser(__doc__)
+    made.add_argument("--tpu", required=True, help="name of the slice")
+    made.add_argument("--zone", required=True)
+    made.add_argument("--project", default="")
+    made.add_argument("--create", default="", metavar="TYPE", help=f"{', '.join(RUNTIMES)}, each with -CHIPS")
+    made.add_argument("--spot", action="store_true")
+    made.add_argument("--install", action="store_true")
+    own, train = command.parse(made, argv)
+    command.require_bucket(made, train)
+    kind = re.fullmatch(r"(\w+)-[1-9]\d*", own.create)
+    if own.create and (not kind or kind[1] not in RUNTIMES):
+        made.error(f"--create is {own.create!r}; allowed: {', '.join(f'{name}-CHIPS' for name in RUNTIMES)}")
+    if own.spot and not own.create:
+        made.error("--spot is for --create")
+
+    place = [own.tpu, f"--zone={own.zone}", *([f"--project={own.project}"] if own.project else [])]
+    tpu = ["gcloud", "compute", "tpus", "tpu-vm"]
+
+    def everywhere(text: str) -> list[str]:
+        return [*tpu, "ssh", *place, "--worker=all", f"--command={text}"]
+
+    commands = []
+    if kind:
+        version = f"--version={RUNTIMES[kind[1]]}"
+        spot = ["--spot"] if own.spot else []
+        commands.append([*tpu, "create", *place, f"--accelerator-type={own.create}", version, *spot])
+    if own.install:
+        commands.append(["git", "archive", "--prefix=bd3_jax/", f"--output={ARCHIVE}", "HEAD"])
+        commands.append([*tpu, "scp", ARCHIVE, f"{own.tpu}:", *place[1:], "--worker=all"])
+        commands.append(everywhere(INSTALL))
+    commands.append(everywhere(f"cd bd3_jax && .venv/bin/bd3 train {shlex.join(train)}"))
+    return command.run(commands, own.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

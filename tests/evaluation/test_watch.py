@@ -1,0 +1,94 @@
+"""`bd3 eval --watch`: every checkpoint once; `--suite`: the paper's table."""
+
+import dataclasses
+import json
+
+import pytest
+from etils import epath
+
+from bd3_jax.config import from_config_dict
+from bd3_jax.configs import base
+from bd3_jax.data.prepare import prepare
+from bd3_jax.errors import UserError
+from bd3_jax.evaluation import watch as module
+from bd3_jax.evaluation.perplexity import Result, evaluate
+from bd3_jax.evaluation.suite import evaluate_suite, table
+from bd3_jax.evaluation.watch import watch
+from bd3_jax.metrics import read_metrics
+from bd3_jax.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, tmp_path_factory):
+    """Four steps, with checkpoints at 2 and 4."""
+    workdir = epath.Path(tmp_path_factory.mktemp("run") / "toy")
+    config = tiny_config("ar", **{"training.num_steps": 4, "training.checkpoint_every": 2, "training.eval_every": 2})
+    train(config, workdir)
+    return config, workdir
+
+
+def test_every_checkpoint_is_evaluated_once(run, monkeypatch):
+    config, workdir = run
+    before = (workdir / "metrics.jsonl").read_bytes()
+    watch(config, workdir)
+    found = read_metrics(workdir, "evaluations.jsonl")
+    assert [record["step"] for record in found] == [2, 4]
+    assert found[0]["eval/nll"] > found[1]["eval/nll"]
+    assert found[1]["eval/nll"] == evaluate(config, workdir, file_name="other.jsonl")["eval/nll"]
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    watch(config, workdir)
+    assert read_metrics(workdir, "evaluations.jsonl") == found
+
+
+def test_it_waits_for_the_last_and_passes_over_what_was_removed(run, monkeypatch):
+    config, workdir = run
+    (workdir / "evaluations.jsonl").unlink(missing_ok=True)
+    there, waits = [[], [3, 4], [4], [4], [4]], []
+    monkeypatch.setattr(module.orbax, "steps", lambda _: there.pop(0))
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    watch(config, workdir, seconds=7)
+    assert waits == [7]
+    assert [record["step"] for record in read_metrics(workdir, "evaluations.jsonl")] == [4]
+
+
+def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
+    """LAMBADA in its own format, with the run's tokenizer."""
+    config, workdir = run
+    (tmp_path / "lambada_test.jsonl").write_text(
+        "".join(json.dumps({"text": f"a red cat {n}"}) + "\n" for n in range(40))
+    )
+    data = dataclasses.replace(
+        config.data, corpus="lambada", source=str(tmp_path / "lambada_test.jsonl"),
+        directory=str(tmp_path / "zeroshot" / "lambada"), insert_special=True, insert_eos=False,
+    )  # fmt: skip
+    prepare(data, config.model.length)
+    capsys.readouterr()
+    results = evaluate_suite(config, workdir, epath.Path(tmp_path / "zeroshot"))
+    assert list(results) == ["lambada"]
+    direct = evaluate(
+        dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, split="test")),
+        workdir, file_name="other.jsonl",
+    )  # fmt: skip
+    assert results["lambada"].nll == direct["eval/nll"]
+    out = capsys.readouterr().out
+    assert f"{direct['eval/perplexity']:.2f}" in out
+    assert "not prepared: ptb, wikitext103, lm1b, ag_news, pubmed_papers, arxiv_papers" in out
+    assert read_metrics(workdir)[-1]["zeroshot/lambada/nll"] == direct["eval/nll"]
+    with pytest.raises(UserError, match=r"--suite_data is .*none'; allowed: a folder with one of ptb, wikitext103"):
+        evaluate_suite(config, workdir, epath.Path(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("string", "published"),
+    [
+        ("bd3lm,block_size=4", "96.81"),
+        ("ar", "81.07"),
+        ("mdlm", "90.96"),
+        ("sedd", "96.33"),
+        ("bd3lm,block_size=8", "-"),
+    ],
+)
+def test_the_published_row_is_that_of_the_model(string, published):
+    result = Result(4.0, 0.01, 100, 10, 0, "low_variance", "validation", True, False, False)
+    lines = table(from_config_dict(base.get_config(string)), "mine", {"ptb": result}).splitlines()
+    assert [line.split()[-7] for line in lines[1:4]] == ["54.60", "0.55", published]

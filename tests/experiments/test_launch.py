@@ -1,0 +1,96 @@
+"""The launch scripts: what each would run, and that a mistake is told before anything runs."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"
+TRAIN = ["--config=configs/lm1b.py:mdlm", "--workdir=gs://b/run"]
+# Script -> flags with which it runs.
+SCRIPTS = {
+    "tpu_pod": ["--tpu=pod", "--zone=z"],
+    "gke": ["--cluster=c", "--zone=z", "--project=p", "--image=i", "--tpu-type=v5litepod-16"],
+    "slurm": ["--nodes=2", "--gpus=8"],
+    "multi_gpu": ["--gpus=4"],
+    "local": ["--processes=2"],
+}
+TOOLS = ("gcloud", "git", "xpk", "sbatch", "nvidia-smi")
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a script where every tool is a stand-in that notes how it was called, and its input."""
+    (tmp_path / "bin").mkdir()
+    for name in TOOLS:
+        tool = tmp_path / "bin" / name
+        tool.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {tmp_path}/calls\n')
+        tool.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def run(name, *flags):
+        path = str(LAUNCH / f"{name}.py")
+        ended = subprocess.run(
+            [sys.executable, path, *flags], env=environment, capture_output=True, text=True, check=False
+        )
+        calls = tmp_path / "calls"
+        return ended, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_dry_run_prints_the_training_and_runs_nothing(launch, name):
+    ended, calls = launch(name, "--dry-run", *SCRIPTS[name], *TRAIN, "--config.seed=3")
+    assert ended.returncode == 0, ended.stderr
+    assert calls == []
+    words = shlex.split(ended.stdout, comments=True)
+    trained = next(word for word in words if " train " in word) if name in ("tpu_pod", "gke") else " ".join(words)
+    assert "train --config=configs/lm1b.py:mdlm --workdir=gs://b/run --config.seed=3" in trained
+
+
+def test_what_a_pod_is_told(launch):
+    ended, calls = launch("tpu_pod", *SCRIPTS["tpu_pod"], "--create=v5litepod-16", "--spot", "--install", *TRAIN)
+    assert ended.returncode == 0, ended.stderr
+    verbs = [calls[n + 4] for n, call in enumerate(calls) if call == "gcloud"]
+    assert verbs == ["create", "scp", "ssh", "ssh"]
+    assert {"--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot", "--worker=all"} <= set(calls)
+    assert calls[-1].startswith("--command=cd bd3_jax && .venv/bin/bd3 train --config=")
+
+
+def test_what_slurm_is_told(launch):
+    ended, calls = launch("slurm", *SCRIPTS["slurm"], "--partition=gpu", *TRAIN)
+    assert (ended.returncode, calls) == (0, ["sbatch", ""]) or (ended.returncode, calls) == (0, ["sbatch"])
+    wanted = ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@120", "--partition=gpu")
+    assert all(f"#SBATCH {flag}\n" in ended.stdout for flag in wanted)
+    assert subprocess.run(["bash", "-n"], input=ended.stdout, text=True, check=False).returncode == 0
+
+
+MISTAKES = [
+    *((name, SCRIPTS[name], "--config=... is missing") for name in SCRIPTS),
+    *((name, [*SCRIPTS[name], TRAIN[0]], "--workdir=... is missing") for name in SCRIPTS),
+    *((name, [*SCRIPTS[name], *TRAIN, "extra"], "unexpected argument 'extra'") for name in SCRIPTS),
+    ("tpu_pod", [*SCRIPTS["tpu_pod"], TRAIN[0], "--workdir=runs/a"], "--workdir is 'runs/a'; allowed: gs://"),
+    ("tpu_pod", [*SCRIPTS["tpu_pod"], *TRAIN, "--create=v9-4"], "--create is 'v9-4'; allowed: v4-CHIPS"),
+    ("tpu_pod", [*SCRIPTS["tpu_pod"], *TRAIN, "--spot"], "--spot is for --create"),
+    ("gke", [*SCRIPTS["gke"][:-1], "--tpu-type=h100", *TRAIN], "--tpu-type is 'h100'"),
+    ("gke", [*SCRIPTS["gke"], *TRAIN, "--name=Big"], "--name is 'Big'"),
+    ("gke", [*SCRIPTS["gke"], *TRAIN, "--config.training.sigterm_status=0"], "would tell Kubernetes"),
+    ("slurm", ["--nodes=0", "--gpus=8", *TRAIN], "--nodes is 0; allowed: 1 or more"),
+    ("slurm", [*SCRIPTS["slurm"], *TRAIN, "--time=soon"], "--time is 'soon'"),
+    ("multi_gpu", ["--gpus=4", "--fsdp=3", *TRAIN], "--gpus is 4, --fsdp 3"),
+    ("multi_gpu", ["--gpus=4", *TRAIN], "nvidia-smi lists 0"),
+    ("multi_gpu", ["--gpus=4", *TRAIN, "--config.mesh.data=2"], "follow from --gpus"),
+    ("local", ["--processes=0", *TRAIN], "--processes is 0; allowed: 1 to 64"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), MISTAKES, ids=[f"{n}: {m}" for n, _, m in MISTAKES])
+def test_a_mistake_is_told_and_nothing_runs(launch, name, flags, message):
+    ended, calls = launch(name, *flags)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert [call for call in calls if call in ("gcloud", "xpk", "sbatch")] == []
