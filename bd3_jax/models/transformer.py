@@ -295,35 +295,62 @@ class Network:
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros((batch,), jnp.int32))
 
     def decode(
-        self, params: Params, tokens: Int[Array, "b B"], cache: KVCache
-    ) -> tuple[Float[Array, "b B d"], KVBlock]:
-        """Hidden states of the current block, which sees all of itself and the cache, and its keys and values.
+        self,
+        params: Params,
+        tokens: Int[Array, "b T"],
+        cache: KVCache,
+        block_size: int | None = None,
+        at: Int[Array, "b n"] | None = None,
+    ) -> tuple[Float[Array, "b n d"], KVBlock]:
+        """Hidden states of the newest tokens, which see the cache and each other, and their keys and values.
 
-        The cache is not changed: `KVCache.append` stores the block once its tokens are final. For networks that are
-        not conditioned on time.
+        The cache is not changed: `KVCache.append` stores a block once its tokens are final. For networks that are not
+        conditioned on time.
+
+        Args:
+          params: see `init`.
+          tokens: they follow what is cached; one block, or several, which see each other block-causally. At negative
+            positions (see `KVCache`) they are seen by nobody but their own block.
+          cache: of earlier tokens.
+          block_size: None: T.
+          at: which of the tokens hidden states are wanted of; None: all. The last layer does no work for the others
+            but their keys and values.
         """
         transformer, dtype = self._merge(params), self.dtype
-        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(dtype)[None]
+        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(dtype)
         cond = self._cond(transformer, None, dtype)
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
         rotary = (cos[:, None], sin[:, None])  # broadcast over heads
         graph, layers = nnx.split(transformer.blocks)
-        valid = cache.valid
+        # Outside the layers' scan, so that a loop over calls computes them once.
+        modulations = jax.vmap(lambda layer: jnp.stack(nnx.merge(graph, layer).modulations(cond, dtype)))(layers)
+        valid, own = cache.valid, None
+        if block_size is not None and block_size < tokens.shape[1]:
+            block = positions // block_size
+            same, earlier = block[:, :, None] == block[:, None, :], block[:, :, None] > block[:, None, :]
+            own = same | (earlier & (positions >= 0)[:, None, :])
 
-        def layer(x: Array, xs: tuple[Any, Array, Array]) -> tuple[Array, KVBlock]:
-            layer_params, keys, values = xs
+        def layer(
+            x: Array, xs: tuple[Any, Array, Array, Array], at: Array | None = None, own: Array | None = own
+        ) -> tuple[Array, KVBlock]:
+            layer_params, modulation, keys, values = xs
+            block = nnx.merge(graph, layer_params)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+            q, k, v = block.heads(_modulate(_layer_norm(x, block.attention_norm), shift_a, scale_a), *rotary)
+            if at is not None:
+                x, q = jnp.take_along_axis(x, at[..., None], 1), jnp.take_along_axis(q, at[:, None, :, None], 2)
+                own = None if own is None else jnp.take_along_axis(own, at[..., None], 1)
+            x = x + gate_a * block.join(attention.cached(q, k, v, keys, values, valid, own))
+            y = block.mlp(_modulate(_layer_norm(x, block.mlp_norm), shift_m, scale_m))
+            return x + gate_m * y, KVBlock(k, v)
 
-            def attend(q: Array, k: Array, v: Array) -> Array:
-                return attention.cached(q[0], k[0], v[0], keys, values, valid)[None]
-
-            x, (k, v) = nnx.merge(graph, layer_params)(x, rotary, attend, cond, None, 1)
-            return x, KVBlock(k[0], v[0])
-
-        x, block = jax.lax.scan(
-            layer, x, (layers, cache.keys, cache.values), unroll=self._unroll(self.model.num_layers)
-        )
-        return transformer.finish(x[0], cond), block
+        # The last layer stands outside the scan: it is needed at fewer positions.
+        last, xs = self.model.num_layers - 1, (layers, modulations, cache.keys, cache.values)
+        x, block = jax.lax.scan(layer, x, jax.tree.map(lambda leaf: leaf[:last], xs), unroll=self._unroll(last))
+        x, of_last = layer(x, jax.tree.map(lambda leaf: leaf[last], xs), at)
+        block = jax.tree.map(lambda earlier, new: jnp.concatenate([earlier, new[None]]), block, of_last)
+        return transformer.finish(x, cond), block
 
     def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""
