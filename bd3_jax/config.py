@@ -104,7 +104,10 @@ class SamplingConfig:
     max_length: int
     num_steps: int
     nucleus: float
+    top_k: int
     temperature: float
+    variable_length: bool
+    min_entropy: float
     kv_cache: bool
     seed: int
     weights: Literal["ema", "raw"]
@@ -275,6 +278,11 @@ def _check(c: Config) -> None:
         at_least(1, f"sampling.{name}")
     at_least(2, "sampling.max_length")
     require(0 < s.nucleus <= 1, "sampling.nucleus", s.nucleus, "0 < P <= 1")
+    at_least(0, "sampling.top_k")
+    untruncated = c.objective != "sedd" or s.top_k == 0
+    require(untruncated, "sampling.top_k", s.top_k, "0 for objective sedd, whose scores are ratios of probabilities")
+    auto = s.min_entropy == -1 or s.min_entropy >= 0
+    require(auto, "sampling.min_entropy", s.min_entropy, "0 or more, or -1 for the tokenizer's own")
     require(s.temperature >= 1e-3, "sampling.temperature", s.temperature, "1e-3 or more")
 
     for name in ("fsdp", "tensor"):

@@ -90,7 +90,11 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 max_length=1024,  # tokens per sample, the prompt and BOS included
                 num_steps=1000,  # T of the ancestral and analytic samplers; per block for bd3lm
                 nucleus=nucleus,  # P: draw from the smallest set that holds this much probability
+                top_k=0,  # draw from the k most probable tokens; 0: from all
                 temperature=1.0,  # divides the logits; 1e-3 or more
+                variable_length=False,  # a sample ends after its second EOS, max_length at the latest
+                min_entropy=-1.0,  # nats, of the last 256 tokens; below it a sample is degenerate: discarded and drawn
+                # anew, or cut off if variable_length. 0: any will do; -1: 4 with a vocabulary like GPT-2's, else 0
                 kv_cache=True,  # keep keys and values of finished blocks (ar, bd3lm)
                 seed=0,
                 weights="ema",  # ema or raw

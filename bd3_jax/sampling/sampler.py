@@ -1,4 +1,4 @@
-"""The samplers of a language model: chosen by name, compiled once, called with parameters, keys and a canvas."""
+"""The samplers of a language model: chosen by name, pure functions that draw the next blocks of a batch."""
 
 import dataclasses
 import functools
@@ -14,39 +14,34 @@ from bd3_jax.diffusion import objectives
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
-from bd3_jax.sampling import analytic, autoregressive, block
-from bd3_jax.sampling.block import Layout, Samples
-from bd3_jax.sampling.nucleus import nucleus
-from bd3_jax.sampling.updates import Ancestral, FirstHitting, Update
+from bd3_jax.sampling import analytic
+from bd3_jax.sampling.block import Filled, Layout, fill_blocks
+from bd3_jax.sampling.contexts import Cached, CachedNextToken, Context, Memory, Windowed, WindowedNextToken
+from bd3_jax.sampling.truncation import Truncation
+from bd3_jax.sampling.updates import Ancestral, Denoiser, FirstHitting, Update
 
-# What fills a block of MDLM or BD3-LM, made from T.
-UPDATES: dict[str, Callable[[int], Update]] = {
-    "first_hitting": lambda num_steps: FirstHitting(),
-    "ancestral": Ancestral,
+TOKENS_PER_CALL = 32
+"""Blocks are drawn so many tokens at a time, or one by one if they are longer, before the host looks at them."""
+
+# What fills a block. AR is first-hitting in blocks of one token.
+UPDATES: dict[str, Callable[[SamplingConfig], Update]] = {
+    "autoregressive": lambda c: FirstHitting(),
+    "first_hitting": lambda c: FirstHitting(),
+    "ancestral": lambda c: Ancestral(c.num_steps),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A pure function `(params, keys, canvas) -> Samples`, for `jax.jit`; static and hashable.
+    """Static and hashable; `advance` is a pure function for `jax.jit`.
 
     Attributes:
       model: what is sampled from.
-      name: first_hitting, ancestral, analytic or autoregressive.
-      max_length: tokens wanted, the prompt and BOS included; a canvas may be longer, the surplus is cut.
-      num_steps: T of ancestral (for each block) and analytic.
-      nucleus: P in (0, 1].
-      temperature: divides the logits.
-      kv_cache: keep keys and values of finished blocks or tokens (BD3-LM, AR).
+      config: what is asked for; nothing in it that concerns texts or files is read here.
     """
 
     model: LanguageModel
-    name: str
-    max_length: int
-    num_steps: int
-    nucleus: float
-    temperature: float
-    kv_cache: bool
+    config: SamplingConfig
 
     @classmethod
     def from_config(cls, model: LanguageModel, c: SamplingConfig) -> "Sampler":
@@ -62,27 +57,30 @@ class Sampler:
                     f"config.sampling.temperature is {c.temperature}; allowed: 1 with the analytic sampler, "
                     "whose scores are ratios of probabilities"
                 )
-        return cls(model, c.sampler, c.max_length, c.num_steps, c.nucleus, c.temperature, c.kv_cache)
+        return cls(model, c)
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.model.block_size, self.model.length, self.max_length)
+        return Layout.of(self.model.block_size, self.model.length, self.config.max_length)
 
     @property
-    def canvas_length(self) -> int:
-        """S: `max_length`, for diffusion rounded up to whole blocks."""
-        return self.max_length if self.name == "autoregressive" else self.layout.length
+    def blocks_per_call(self) -> int:
+        """K: how many blocks one call of `advance` fills, as `draw` calls it; windows that overlap go one by one."""
+        layout = self.layout
+        if layout.stride < layout.size:
+            return 1
+        return min(max(1, TOKENS_PER_CALL // layout.size), layout.num_blocks)
 
     def canvas(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "b S"]:
-        """One row per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
+        """One row of whole blocks per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
 
         Raises:
           UserError: a prompt is longer than the context or than `max_length`.
         """
-        canvas = np.full((len(prompts), self.canvas_length), self.model.ids.mask, np.int32)
+        canvas = np.full((len(prompts), self.layout.length), self.model.ids.mask, np.int32)
+        limit = min(self.config.max_length, self.model.length)
         for row, prompt in zip(canvas, prompts, strict=True):
             given = [self.model.ids.bos, *prompt]
-            limit = min(self.max_length, self.model.length)
             if len(given) > limit:
                 raise UserError(
                     f"config.sampling.prompt has {len(given)} tokens with BOS; allowed: up to {limit} "
@@ -92,41 +90,60 @@ class Sampler:
         return canvas
 
     def log_probs(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n V"]:
-        """What AR and SUBS models draw from: temperature, then nucleus. The mask is never drawn."""
-        logits = self.model.network.unembed(params, hidden) / self.temperature
-        return nucleus(objectives.log_probs_without_mask(logits, self.model.ids.mask), self.nucleus)
+        """What AR and SUBS models say: temperature included, the mask excluded."""
+        logits = self.model.network.unembed(params, hidden) / self.config.temperature
+        return objectives.log_probs_without_mask(logits, self.model.ids.mask)
 
-    def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
-        """Fills the canvas; see `block.Samples`. `keys` is `[b]`, one for each sequence."""
-        samples = self._fill(params, keys, canvas)
-        return dataclasses.replace(samples, tokens=samples.tokens[:, : self.max_length])
+    @property
+    def _context(self) -> Context:
+        network, size, layout = self.model.network, self.model.block_size, self.layout
+        window = min(self.model.length, layout.length)
+        capacity = max(size, window - size)
+        if self.model.objective == "ar":
+            if self.config.kv_cache:
+                return CachedNextToken(network, size, capacity)
+            return WindowedNextToken(network, window)
+        if self.config.kv_cache and size < self.model.length:
+            return Cached(network, size, capacity)
+        return Windowed(network, size, window)
 
-    def _fill(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
-        network, mask = self.model.network, self.model.ids.mask
-        batch, block_size = canvas.shape[0], self.model.block_size
-        window = min(self.model.length, canvas.shape[1])
-        log_probs = functools.partial(self.log_probs, params)
+    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
+        """What `advance` needs to know of the first `index` blocks of a row, which are finished; batch 1.
 
-        if self.name == "analytic":
-            return analytic.sample(
-                lambda tokens, sigma: network.apply(params, tokens, block_size, sigma=sigma),
+        Prompts of similar length share a compiled function.
+        """
+        if self.model.objective == "sedd":
+            return Memory(None, jnp.zeros((1, 0), jnp.int32))
+        return self._context.start(params, row, index)
+
+    def advance(
+        self,
+        params: Params,
+        keys: PRNGKeyArray,
+        memory: Memory,
+        first: Int[Array, "b"],
+        given: Int[Array, "b n"],
+    ) -> tuple[Memory, Filled]:
+        """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments.
+
+        One compiled function serves every prompt and every length. `memory` may be donated.
+        """
+        c, mask = self.config, self.model.ids.mask
+        if self.model.objective == "sedd":
+            network, size = self.model.network, self.model.block_size
+            return memory, analytic.sample(
+                lambda tokens, sigma: network.apply(params, tokens, size, sigma=sigma),
                 lambda hidden, sigma: _masked_log_score(network.unembed(params, hidden), sigma, mask),
-                self.num_steps, self.nucleus, mask, keys, canvas, self.model.batch_shards,
+                c.num_steps, c.nucleus, mask, keys, given, self.model.batch_shards,
             )  # fmt: skip
-        if self.name == "autoregressive":
-            tokens_seen = (
-                autoregressive.cached(network, params, batch, window - 1)
-                if self.kv_cache
-                else autoregressive.windowed(network, params, window)
-            )
-            return autoregressive.sample(tokens_seen, log_probs, mask, keys, canvas)
-        update = UPDATES[self.name](self.num_steps)
-        blocks_seen = (
-            block.cached(network, params, batch, window - block_size)
-            if self.kv_cache and block_size < self.model.length
-            else block.windowed(network, params, window, block_size)
+        truncation = Truncation(c.nucleus, c.top_k)
+        denoiser = Denoiser(functools.partial(self.log_probs, params), truncation.draw, mask)
+        # Where one block is the whole context, what is not wanted stays masked: it costs no calls.
+        size = self.model.block_size
+        wanted = min(size, c.max_length) if self.layout.num_blocks == 1 else size
+        return fill_blocks(
+            self._context, denoiser, UPDATES[c.sampler](c), wanted, params, keys, memory, first, given
         )
-        return block.sample(blocks_seen, log_probs, update, self.layout, mask, keys, canvas)
 
 
 def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mask: int) -> Float[Array, "*n V"]:
@@ -135,6 +152,10 @@ def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mas
     return objectives.sedd_log_score(logits, jnp.full(shape, mask), jnp.broadcast_to(sigma, shape), mask)
 
 
-def sequence_keys(seed: int, indices: Int[Array | np.ndarray, "b"]) -> PRNGKeyArray:
-    """The key of each sample: it depends on the seed and the sample's index only, not on its place in a batch."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices)
+def sequence_keys(
+    seed: int, indices: Int[Array | np.ndarray, "b"], attempts: Int[Array | np.ndarray, "b"] | int = 0
+) -> PRNGKeyArray:
+    """The key of each sample's each draw: it depends on these numbers only, not on a place in a batch."""
+    indices = jnp.asarray(indices)
+    fold = lambda index, attempt: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), attempt)
+    return jax.vmap(fold)(indices, jnp.broadcast_to(jnp.asarray(attempts), indices.shape))
