@@ -19,7 +19,8 @@ from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, sequence_losses
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
-from bd3_jax.sampling.run import Sample, draw
+from bd3_jax.sampling.drawing import draw
+from bd3_jax.sampling.run import Sample, batch_size
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
 
@@ -121,16 +122,14 @@ class Pretrained:
                 f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
             )
         sampler = Sampler.from_config(self.model, c)
-        prompt = prompt or c.prompt
-        ids = (
-            self.text_tokenizer().encode(prompt)
-            if prompt and isinstance(prompt, str)
-            else [int(i) for i in prompt or ()]
-        )
-        row = sampler.canvas([ids])[0]
-        return [
-            drawn for batch in draw(c, sampler, self.params, row, self.tokenizer, self.step or 0) for drawn in batch
-        ]
+        row = sampler.canvas([self._ids(prompt or c.prompt)])[0]
+        drawn = draw(sampler, self.params, row, c.num_samples, batch_size(c, self.model))
+        return [Sample.of(each, c.seed, self.step or 0, self.tokenizer, self.model.ids.eos) for each in drawn]
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.text_tokenizer().encode(prompt) if prompt else []
+        return [int(i) for i in prompt]
 
     def perplexity(self, texts: str | Sequence[str] | Int[Any, "n L"], **settings: Any) -> Result:
         """NLL (bound), perplexity and standard error, without dropout; position 0 counts as the model wants it.

@@ -4,10 +4,12 @@ bd3 sample --workdir=runs/quickstart --config.sampling.nucleus=0.8
 """
 
 import json
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 
 
@@ -19,4 +21,19 @@ def get_config(workdir: str) -> ConfigDict:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold an object of settings, found {type(settings).__name__}")
-    return ConfigDict(settings)
+    return ConfigDict(_with_new_fields(settings))
+
+
+def _with_new_fields(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that did not exist yet when the run was made have their defaults."""
+    objective, size = settings.get("objective"), settings.get("block_size")
+    try:
+        defaults = base.get_config(f"bd3lm,block_size={size}" if objective == "bd3lm" else str(objective)).to_dict()
+    except UserError:
+        return settings  # it is no objective, which is told where all settings are checked
+    for name, group in settings.items():
+        if isinstance(group, dict) and isinstance(defaults.get(name), dict):
+            defaults[name] |= group
+        else:
+            defaults[name] = group
+    return defaults

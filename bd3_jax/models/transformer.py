@@ -7,7 +7,7 @@ Outside this package only `Network` is seen: parameters are a nested dict, `appl
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +177,16 @@ class Transformer(nnx.Module):
         return _modulate(x, shift, scale)
 
 
+class Frozen(NamedTuple):
+    """Parameters as `Network.decode` reads them: what is computed from them alone is there already.
+
+    layers: weights and adaLN's outputs, stacked on axis 0, or a tuple of those of each layer.
+    """
+
+    params: Params
+    layers: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """Pure functions of the parameters; static, hashable, holds no array."""
@@ -290,13 +300,40 @@ class Network:
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens of clean context per sequence, a multiple of the block size."""
         head_dim = self.model.width // self.model.num_heads
-        shape = (self.model.num_layers, batch, self.model.num_heads, capacity, head_dim)
-        # Two arrays, not one twice: each may be donated.
-        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros((batch,), jnp.int32))
+        shape = (batch, self.model.num_heads, capacity, head_dim)
+
+        def zeros() -> Any:
+            # An array of its own for each, so that all may be donated.
+            if self._is_unrolled:
+                return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.model.num_layers))
+            return jnp.zeros((self.model.num_layers, *shape), self.dtype)
+
+        return KVCache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def _is_unrolled(self) -> bool:
+        """Whether decoding goes through the layers without a scan."""
+        return self.model.scan_unroll >= self.model.num_layers
+
+    def freeze(self, params: Params) -> Frozen:
+        """What is the same at every call of `decode`, done once: adaLN's outputs, an array for each layer's weight.
+
+        Where layers are scanned the weights stay stacked; where they are unrolled, a loop over calls would copy each
+        layer's part of the stack again and again.
+        """
+        transformer = self._merge(params)
+        graph, layers = nnx.split(transformer.blocks)
+        cond = self._cond(transformer, None, self.dtype)
+        modulations = jax.vmap(lambda layer: jnp.stack(nnx.merge(graph, layer).modulations(cond, self.dtype)))(layers)
+        stacked = layers, modulations
+        if not self._is_unrolled:
+            return Frozen(params, stacked)
+        each = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.model.num_layers))
+        return Frozen(params, jax.lax.optimization_barrier(each))
 
     def decode(
         self,
-        params: Params,
+        params: Params | Frozen,
         tokens: Int[Array, "b T"],
         cache: KVCache,
         block_size: int | None = None,
@@ -308,7 +345,7 @@ class Network:
         conditioned on time.
 
         Args:
-          params: see `init`.
+          params: see `init`; frozen where there are many calls.
           tokens: they follow what is cached; one block, or several, which see each other block-causally. At negative
             positions (see `KVCache`) they are seen by nobody but their own block.
           cache: of earlier tokens.
@@ -316,41 +353,46 @@ class Network:
           at: which of the tokens hidden states are wanted of; None: all. The last layer does no work for the others
             but their keys and values.
         """
-        transformer, dtype = self._merge(params), self.dtype
+        frozen = params if isinstance(params, Frozen) else self.freeze(params)
+        transformer, dtype = self._merge(frozen.params), self.dtype
         x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(dtype)
-        cond = self._cond(transformer, None, dtype)
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
         rotary = (cos[:, None], sin[:, None])  # broadcast over heads
-        graph, layers = nnx.split(transformer.blocks)
-        # Outside the layers' scan, so that a loop over calls computes them once.
-        modulations = jax.vmap(lambda layer: jnp.stack(nnx.merge(graph, layer).modulations(cond, dtype)))(layers)
+        graph, _ = nnx.split(transformer.blocks)
         valid, own = cache.valid, None
         if block_size is not None and block_size < tokens.shape[1]:
-            block = positions // block_size
-            same, earlier = block[:, :, None] == block[:, None, :], block[:, :, None] > block[:, None, :]
+            number = positions // block_size
+            same, earlier = number[:, :, None] == number[:, None, :], number[:, :, None] > number[:, None, :]
             own = same | (earlier & (positions >= 0)[:, None, :])
 
-        def layer(
-            x: Array, xs: tuple[Any, Array, Array, Array], at: Array | None = None, own: Array | None = own
-        ) -> tuple[Array, KVBlock]:
-            layer_params, modulation, keys, values = xs
-            block = nnx.merge(graph, layer_params)
+        def layer(x: Array, xs: tuple[Any, Array, Array], at: Array | None = None) -> tuple[Array, KVBlock]:
+            (layer_params, modulation), keys, values = xs
+            block, seen = nnx.merge(graph, layer_params), own
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
             q, k, v = block.heads(_modulate(_layer_norm(x, block.attention_norm), shift_a, scale_a), *rotary)
             if at is not None:
                 x, q = jnp.take_along_axis(x, at[..., None], 1), jnp.take_along_axis(q, at[:, None, :, None], 2)
-                own = None if own is None else jnp.take_along_axis(own, at[..., None], 1)
-            x = x + gate_a * block.join(attention.cached(q, k, v, keys, values, valid, own))
+                seen = None if own is None else jnp.take_along_axis(own, at[..., None], 1)
+            x = x + gate_a * block.join(attention.cached(q, k, v, keys, values, valid, seen))
             y = block.mlp(_modulate(_layer_norm(x, block.mlp_norm), shift_m, scale_m))
             return x + gate_m * y, KVBlock(k, v)
 
-        # The last layer stands outside the scan: it is needed at fewer positions.
-        last, xs = self.model.num_layers - 1, (layers, modulations, cache.keys, cache.values)
-        x, block = jax.lax.scan(layer, x, jax.tree.map(lambda leaf: leaf[:last], xs), unroll=self._unroll(last))
-        x, of_last = layer(x, jax.tree.map(lambda leaf: leaf[last], xs), at)
-        block = jax.tree.map(lambda earlier, new: jnp.concatenate([earlier, new[None]]), block, of_last)
-        return transformer.finish(x, cond), block
+        # The last layer stands apart: it is needed at fewer positions.
+        last = self.model.num_layers - 1
+        if isinstance(cache.keys, tuple):
+            blocks = []
+            for n, xs in enumerate(zip(frozen.layers, cache.keys, cache.values, strict=True)):
+                x, block = layer(x, xs, at if n == last else None)
+                blocks.append(block)
+            new = KVBlock(tuple(block.keys for block in blocks), tuple(block.values for block in blocks))
+        else:
+            stacked = frozen.layers, cache.keys, cache.values
+            of_all_but_last = jax.tree.map(lambda leaf: leaf[:last], stacked)
+            x, earlier = jax.lax.scan(lambda x, xs: layer(x, xs), x, of_all_but_last, unroll=self._unroll(last))
+            x, block = layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
+            new = jax.tree.map(lambda earlier, newest: jnp.concatenate([earlier, newest[None]]), earlier, block)
+        return transformer.finish(x, self._cond(transformer, None, dtype)), new
 
     def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling import categorical
@@ -94,7 +94,7 @@ def fill_blocks(
       first: number of the first block, for each sequence.
       given: tokens, and the mask's id elsewhere.
     """
-    batch, size = given.shape[0], context.size
+    batch, size, frozen = given.shape[0], context.size, context.freeze(params)
     drawable = np.arange(size) < wanted
 
     def one_block(memory: Memory, block: tuple[Array, Array]) -> tuple[Memory, Filled]:
@@ -113,9 +113,7 @@ def fill_blocks(
 
         def advance(state: _State, hidden: Array) -> _State:
             step_keys = categorical.fold_in(key_step, state.step)
-            filling, carry = update.step(
-                denoiser, step_keys, state.filling, masked(state), hidden, state.carry
-            )
+            filling, carry = update.step(denoiser, step_keys, state.filling, masked(state), hidden, state.carry)
             nfe = state.nfe + unfinished(state)
             drawn_at = jnp.where(filling.tokens != state.filling.tokens, nfe[:, None], state.drawn_at)
             return _State(state.step + 1, filling, drawn_at, nfe, carry)
@@ -127,11 +125,11 @@ def fill_blocks(
         cache_calls = zeros
         if context.stores:
             cache_calls += ~unfinished(state)
-            hidden, memory = context.first(params, memory, index, tokens, positions(state))
+            hidden, memory = context.first(frozen, memory, index, tokens, positions(state))
             state = advance(state, hidden)
 
         def look(state: _State) -> _State:
-            hidden = context.look(params, memory, index, state.filling.tokens, positions(state))
+            hidden = context.look(frozen, memory, index, state.filling.tokens, positions(state))
             return advance(state, hidden)
 
         state = jax.lax.while_loop(lambda state: unfinished(state).any(), look, state)

@@ -2,7 +2,7 @@
 
 | | kept of earlier tokens | a call reads |
 | --- | --- | --- |
-| `Cached` (BD3-LM) | keys and values | the current block; at a block's first call also the one before, which it stores |
+| `Cached` (BD3-LM) | keys and values | the current block; at its first call also the one before, to store it |
 | `Windowed` (BD3-LM without a cache, MDLM) | tokens | the last W tokens, the current block included |
 | `CachedNextToken` (AR) | keys and values | the newest token, which it stores |
 | `WindowedNextToken` (AR without a cache) | tokens | the last W tokens |
@@ -10,7 +10,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bd3_jax.models.kv_cache import KVCache
-from bd3_jax.models.transformer import Network, Params
+from bd3_jax.models.transformer import Frozen, Network, Params
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +43,8 @@ class Memory:
 
     def tile(self, batch: int) -> "Memory":
         """Of batch 1 -> `batch` times the same."""
-        repeat = lambda leaf, axis: jnp.repeat(leaf, batch, axis)
-        cache = self.cache
-        if cache is not None:
-            cache = KVCache(repeat(cache.keys, 1), repeat(cache.values, 1), repeat(cache.length, 0))
-        return Memory(cache, repeat(self.recent, 0))
+        cache = None if self.cache is None else self.cache.tile(batch)
+        return Memory(cache, jnp.repeat(self.recent, batch, axis=0))
 
 
 class Context(Protocol):
@@ -57,19 +54,25 @@ class Context(Protocol):
     `at` `[b, n]` are the places in the block whose hidden states `[b, n, d]` are wanted; None: all.
     """
 
-    size: int
     stores: ClassVar[bool]
+
+    @property
+    def size(self) -> int:
+        """B."""
 
     def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
         """The memory of one sequence, batch 1, with the first `index` blocks of `row` finished."""
 
+    def freeze(self, params: Params) -> Params | Frozen:
+        """The parameters as the calls below want them."""
+
     def first(
-        self, params: Params, memory: Memory, index: Int[Array, "b"], tokens: Int[Array, "b B"], at: Array | None
+        self, params: Any, memory: Memory, index: Int[Array, "b"], tokens: Int[Array, "b B"], at: Array | None
     ) -> tuple[Float[Array, "b n d"], Memory]:
         """The first call of a block."""
 
     def look(
-        self, params: Params, memory: Memory, index: Int[Array, "b"], tokens: Int[Array, "b B"], at: Array | None
+        self, params: Any, memory: Memory, index: Int[Array, "b"], tokens: Int[Array, "b B"], at: Array | None
     ) -> Float[Array, "b n d"]:
         """A further call."""
 
@@ -91,6 +94,9 @@ class Cached:
     capacity: int
     stores: ClassVar[bool] = True
 
+    def freeze(self, params: Params) -> Frozen:
+        return self.network.freeze(params)
+
     def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
         """Finished blocks but the newest go through the network at once, padded to a power of 2 of blocks."""
         stored = max(index - 1, 0) * self.size
@@ -108,9 +114,7 @@ class Cached:
             cache = _read_prefix(self.network, self.size, params, prefix, cache)
         return Memory(dataclasses.replace(cache, length=jnp.full((1,), (index - 1) * self.size)), jnp.asarray(recent))
 
-    def first(
-        self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None
-    ) -> tuple[Array, Memory]:
+    def first(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> tuple[Array, Memory]:
         assert memory.cache is not None  # it is of this context
         both = jnp.concatenate([memory.recent, tokens], axis=1)
         if at is None:
@@ -118,7 +122,7 @@ class Cached:
         hidden, kv = self.network.decode(params, both, memory.cache, self.size, at + self.size)
         return hidden, dataclasses.replace(memory, cache=memory.cache.append(kv.first(self.size)))
 
-    def look(self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
+    def look(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
         assert memory.cache is not None
         return self.network.decode(params, tokens, memory.cache, self.size, at)[0]
 
@@ -127,13 +131,10 @@ class Cached:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_prefix(
-    network: Network, size: int, params: Params, prefix: Int[Array, "1 P"], cache: KVCache
-) -> KVCache:
+def _read_prefix(network: Network, size: int, params: Params, prefix: Int[Array, "1 P"], cache: KVCache) -> KVCache:
     """The cache with the prefix in its first places; its length is not touched."""
     _, kv = network.decode(params, prefix, network.init_cache(1, 0), size, jnp.zeros((1, 1), jnp.int32))
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=0, axis=3)
-    return dataclasses.replace(cache, keys=write(cache.keys, kv.keys), values=write(cache.values, kv.values))
+    return cache.write_prefix(kv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +146,22 @@ class Windowed:
     window: int
     stores: ClassVar[bool] = False
 
+    def freeze(self, params: Params) -> Params:
+        return params
+
     def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
         place = min(index * self.size, self.window - self.size)
         recent = np.zeros((1, self.window), np.int32)
         recent[0, :place] = row[index * self.size - place : index * self.size]
         return Memory(None, jnp.asarray(recent))
 
-    def look(self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
+    def look(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
         place = self._place(index)
         hidden = self.network.apply(params, _write(memory.recent, tokens, place), self.size)
         at = jnp.arange(self.size) if at is None else at
         return jnp.take_along_axis(hidden, (place[:, None] + at)[..., None], axis=1)
 
-    def first(
-        self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None
-    ) -> tuple[Array, Memory]:
+    def first(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> tuple[Array, Memory]:
         return self.look(params, memory, index, tokens, at), memory
 
     def finish(self, memory: Memory, index: Array, tokens: Array) -> Memory:
@@ -176,9 +178,7 @@ class Windowed:
 class CachedNextToken(Cached):
     """Only the newest token is fed, and its hidden state predicts the next."""
 
-    def first(
-        self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None
-    ) -> tuple[Array, Memory]:
+    def first(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> tuple[Array, Memory]:
         assert memory.cache is not None
         hidden, kv = self.network.decode(params, memory.recent, memory.cache)
         return hidden, dataclasses.replace(memory, cache=memory.cache.append(kv))
@@ -193,19 +193,20 @@ class WindowedNextToken:
     size: int = 1
     stores: ClassVar[bool] = False
 
+    def freeze(self, params: Params) -> Params:
+        return params
+
     def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
         kept = min(index, self.window)
         recent = np.zeros((1, self.window), np.int32)
         recent[0, :kept] = row[index - kept : index]
         return Memory(None, jnp.asarray(recent))
 
-    def look(self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
+    def look(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
         newest = jnp.minimum(index, self.window) - 1
         return jnp.take_along_axis(self.network.apply(params, memory.recent, 1), newest[:, None, None], axis=1)
 
-    def first(
-        self, params: Params, memory: Memory, index: Array, tokens: Array, at: Array | None
-    ) -> tuple[Array, Memory]:
+    def first(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> tuple[Array, Memory]:
         return self.look(params, memory, index, tokens, at), memory
 
     def finish(self, memory: Memory, index: Array, tokens: Array) -> Memory:

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from bd3_jax.errors import UserError
-from bd3_jax.models.kv_cache import KVCache
+from bd3_jax.models.kv_cache import BATCH, KVCache
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.contexts import Memory
@@ -184,7 +184,7 @@ class Slots:
         end = (blocks - 1) * self._layout.stride + self._layout.size if blocks else 0
         return min(end, self._sampler.config.max_length)
 
-    def _inputs(self) -> tuple[Array, ...]:
+    def _inputs(self) -> tuple[Any, ...]:
         """Arguments of `_draw_blocks` after the memory: seed, and for each slot index, draw, first block and tokens.
 
         Slots without a sample, and blocks beyond the last, hold EOS: where everything is given nothing is drawn.
@@ -218,7 +218,8 @@ def draw(
     A slot takes the next sample as soon as its own is finished.
     """
     slots = Slots(sampler, params, row, batch, sharding)
-    waiting, finished, following = iter(range(count)), {}, 0
+    finished: dict[int, Drawn] = {}
+    waiting, following = iter(range(count)), 0
     while following < count:
         slots.begin({slot: slots.new(index) for slot, index in zip(slots.free, waiting, strict=False)})
         finished |= {drawn.index: drawn for drawn in slots.step()}
@@ -252,12 +253,17 @@ def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) 
     """Sequences are split like the batch, heads like those of the network; None: one device."""
     if sharding is None:
         return None
-    mesh = sharding.mesh
-    cache = fresh.cache
+    mesh, cache = sharding.mesh, fresh.cache
+    assert isinstance(mesh, Mesh)  # of real devices
     if cache is not None:
-        of_keys = spec(mesh, ("layers", "batch", "heads", None, None), (1, batch, *cache.keys.shape[2:]))
-        cache = KVCache(of_keys, of_keys, sharding)
-    return Memory(cache, sharding)
+        logical = ("layers", "batch", "heads", None, None)
+
+        def split(leaf: Array) -> NamedSharding:
+            shape = (*leaf.shape[:BATCH], batch, *leaf.shape[BATCH + 1 :])
+            return spec(mesh, logical[-leaf.ndim :], shape)
+
+        cache = KVCache(jax.tree.map(split, cache.keys), jax.tree.map(split, cache.values), sharding)  # type: ignore[arg-type]
+    return Memory(cache, sharding)  # type: ignore[arg-type]
 
 
 def _abstract(array: Any) -> jax.ShapeDtypeStruct:

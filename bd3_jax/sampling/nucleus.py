@@ -33,9 +33,7 @@ def kept_top_k(probs: Float[Array, "*n V"], k: int) -> Bool[Array, "*n V"]:
     return _first_in_order(probs, jnp.ones_like(probs), k)
 
 
-def _first_in_order(
-    probs: Float[Array, "*n V"], weights: Float[Array, "*n V"], limit: float
-) -> Bool[Array, "*n V"]:
+def _first_in_order(probs: Float[Array, "*n V"], weights: Float[Array, "*n V"], limit: float) -> Bool[Array, "*n V"]:
     """Tokens that come first by probability, as long as their weights sum to at most `limit`.
 
     Nothing is sorted: the smallest v such that all tokens of probability v or more weigh at most `limit` is found by

@@ -16,6 +16,7 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling import analytic
 from bd3_jax.sampling.block import Filled, Layout, fill_blocks
+from bd3_jax.sampling.confidence import EntropyBounded, MostConfident, Remasking, Threshold
 from bd3_jax.sampling.contexts import Cached, CachedNextToken, Context, Memory, Windowed, WindowedNextToken
 from bd3_jax.sampling.truncation import Truncation
 from bd3_jax.sampling.updates import Ancestral, Denoiser, FirstHitting, Update
@@ -28,6 +29,10 @@ UPDATES: dict[str, Callable[[SamplingConfig], Update]] = {
     "autoregressive": lambda c: FirstHitting(),
     "first_hitting": lambda c: FirstHitting(),
     "ancestral": lambda c: Ancestral(c.num_steps),
+    "confidence": lambda c: MostConfident(c.tokens_per_step),
+    "threshold": lambda c: Threshold(c.threshold),
+    "entropy_bounded": lambda c: EntropyBounded(c.entropy_bound),
+    "remasking": lambda c: Remasking(c.num_steps, c.remasking),
 }
 
 
@@ -141,9 +146,7 @@ class Sampler:
         # Where one block is the whole context, what is not wanted stays masked: it costs no calls.
         size = self.model.block_size
         wanted = min(size, c.max_length) if self.layout.num_blocks == 1 else size
-        return fill_blocks(
-            self._context, denoiser, UPDATES[c.sampler](c), wanted, params, keys, memory, first, given
-        )
+        return fill_blocks(self._context, denoiser, UPDATES[c.sampler](c), wanted, params, keys, memory, first, given)
 
 
 def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mask: int) -> Float[Array, "*n V"]:
@@ -153,7 +156,7 @@ def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mas
 
 
 def sequence_keys(
-    seed: int, indices: Int[Array | np.ndarray, "b"], attempts: Int[Array | np.ndarray, "b"] | int = 0
+    seed: int | Int[Array, ""], indices: Int[Array | np.ndarray, "b"], attempts: Int[Array | np.ndarray, "b"] | int = 0
 ) -> PRNGKeyArray:
     """The key of each sample's each draw: it depends on these numbers only, not on a place in a batch."""
     indices = jnp.asarray(indices)

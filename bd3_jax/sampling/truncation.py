@@ -63,9 +63,7 @@ class Truncation:
         return jax.lax.cond(
             accepted.all(),
             lambda: tokens,
-            lambda: jnp.where(
-                accepted, tokens, categorical.draw(categorical.fold_in(keys, TRIES), self(log_probs))
-            ),
+            lambda: jnp.where(accepted, tokens, categorical.draw(categorical.fold_in(keys, TRIES), self(log_probs))),
         )
 
     def _keeps(self, probs: Float[Array, "b V"], tokens: Int[Array, "b"]) -> Bool[Array, "b"]:

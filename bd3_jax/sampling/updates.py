@@ -163,6 +163,4 @@ def _draw(
     log_probs = denoiser.log_probs(hidden)
     drawn = denoiser.draw(keys, log_probs)
     confidence = jnp.exp(jnp.take_along_axis(log_probs, drawn[:, None], axis=1))
-    return Filling(
-        jnp.where(here, drawn[:, None], filling.tokens), jnp.where(here, confidence, filling.confidence)
-    )
+    return Filling(jnp.where(here, drawn[:, None], filling.tokens), jnp.where(here, confidence, filling.confidence))
