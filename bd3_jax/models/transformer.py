@@ -389,7 +389,8 @@ class Network:
         else:
             stacked = frozen.layers, cache.keys, cache.values
             of_all_but_last = jax.tree.map(lambda leaf: leaf[:last], stacked)
-            x, earlier = jax.lax.scan(lambda x, xs: layer(x, xs), x, of_all_but_last, unroll=self._unroll(last))
+            over: Any = layer  # the scan gives no `at`
+            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self._unroll(last))
             x, block = layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
             new = jax.tree.map(lambda earlier, newest: jnp.concatenate([earlier, newest[None]]), earlier, block)
         return transformer.finish(x, self._cond(transformer, None, dtype)), new

@@ -5,37 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3_jax import config as settings
 from bd3_jax.errors import UserError
 from bd3_jax.sampling import analytic
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
-from configs import base
+from tests.sampling.settings import GREEDY, change, sampling_config
 
-GREEDY = 1e-6  # a nucleus of the most probable token alone
 PROMPTS = [[], [3, 4], [5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 6, 7, 8]]
 MODELS = [("bd3lm", 4), ("mdlm", 0), ("ar", 0), ("sedd", 0)]
 NAMES = {"bd3lm": "first_hitting", "mdlm": "first_hitting", "ar": "autoregressive", "sedd": "analytic"}
-
-
-def sampling_config(objective, **fields):
-    config = base.get_config(f"{objective},block_size=4" if objective == "bd3lm" else objective)
-    config.model.length = 12
-    config.sampling.update(max_length=12, num_steps=7, nucleus=0.9)
-    config.sampling.update(fields)
-    return settings.from_config_dict(config).sampling
-
-
-@pytest.fixture
-def make(toy_lm, random_params):
-    def build(objective, block_size=0, num_layers=2, **fields):
-        lm = toy_lm(objective, block_size, num_layers=num_layers)
-        return Sampler(lm, sampling_config(objective, **fields)), random_params(lm)
-
-    return build
-
-
-def change(sampler, **fields):
-    return dataclasses.replace(sampler, config=dataclasses.replace(sampler.config, **fields))
 
 
 @dataclasses.dataclass
