@@ -105,6 +105,7 @@ class SamplingConfig:
     num_samples: int
     batch_size: int
     prompt: str
+    infill: str
     max_length: int
     num_steps: int
     tokens_per_step: int
@@ -286,6 +287,8 @@ def _check(c: Config) -> None:
         at_least(1, f"sampling.{name}")
     at_least(2, "sampling.max_length")
     require(0 < s.nucleus <= 1, "sampling.nucleus", s.nucleus, "0 < P <= 1")
+    fillable = c.objective != "ar" or not s.infill
+    require(fillable, "sampling.infill", s.infill, "empty for objective ar, which cannot see what follows a gap")
     require(0 <= s.threshold <= 1, "sampling.threshold", s.threshold, "0 to 1")
     require(s.entropy_bound >= 0, "sampling.entropy_bound", s.entropy_bound, "0 or more")
     require(0 <= s.remasking <= 1, "sampling.remasking", s.remasking, "0 to 1")

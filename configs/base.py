@@ -89,6 +89,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 num_samples=4,
                 batch_size=4,  # sequences drawn at a time
                 prompt="",  # text that every sample starts with; it is never changed
+                infill="",  # instead: a text with gaps, as in 'The [MASK*3] of the city', to be filled
                 max_length=1024,  # tokens per sample, the prompt and BOS included
                 num_steps=1000,  # T of ancestral, remasking and analytic; per block for bd3lm
                 tokens_per_step=1,  # of confidence: how many of the likeliest draws each network call keeps

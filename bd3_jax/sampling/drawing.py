@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -66,6 +66,7 @@ class Slots:
       batch: how many sequences are drawn at a time.
       sharding: of a batch of rows, where `params` are spread over a mesh; every host then has all samples.
       blocks_per_call: None: as the sampler suggests. It decides when tokens arrive, not which.
+      redraws: whether a sample that should not have stopped is drawn anew; else it ends there.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Slots:
         batch: int,
         sharding: NamedSharding | None = None,
         blocks_per_call: int | None = None,
+        redraws: bool = True,
     ):
+        self._redraws = redraws
         self._sampler, self._params, self._row, self._sharding = sampler, params, row, sharding
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
@@ -137,7 +140,7 @@ class Slots:
                 continue
             drawn.seconds += share
             stop = self._take(drawn, jax.tree.map(lambda leaf, slot=slot: leaf[slot], filled))
-            if stop and self._discards(stop):
+            if stop and self._discards():
                 if drawn.rejected + 1 == DRAWS:
                     raise UserError(
                         f"sample {drawn.index} was discarded {DRAWS} times ({self._why(stop)}); allowed are samples "
@@ -170,9 +173,10 @@ class Slots:
                 return stop
         return None
 
-    def _discards(self, stop: Stop) -> bool:
+    def _discards(self) -> bool:
         """SEDD cannot stop early, so whatever would have stopped is discarded."""
-        return not self._stop_rule.variable_length or self._sampler.model.objective == "sedd"
+        may_stop = self._stop_rule.variable_length and self._sampler.model.objective != "sedd"
+        return self._redraws and not may_stop
 
     def _why(self, stop: Stop) -> str:
         if stop.reason == "eos":
@@ -212,17 +216,23 @@ def draw(
     count: int,
     batch: int,
     sharding: NamedSharding | None = None,
+    watch: Callable[[Drawn], None] | None = None,
 ) -> Iterator[Drawn]:
     """Samples 0 to count - 1 of one row, in this order, at most `batch` at a time; see `Slots`.
 
-    A slot takes the next sample as soon as its own is finished.
+    A slot takes the next sample as soon as its own is finished. `watch` is called with every sample in progress
+    whenever a block of it is finished; the blocks then come one by one.
     """
-    slots = Slots(sampler, params, row, batch, sharding)
+    slots = Slots(sampler, params, row, batch, sharding, blocks_per_call=1 if watch else None)
     finished: dict[int, Drawn] = {}
     waiting, following = iter(range(count)), 0
     while following < count:
         slots.begin({slot: slots.new(index) for slot, index in zip(slots.free, waiting, strict=False)})
+        in_progress = [drawn for drawn in slots.drawing if drawn]
         finished |= {drawn.index: drawn for drawn in slots.step()}
+        if watch:
+            for drawn in in_progress:
+                watch(drawn)
         while following in finished:
             yield finished.pop(following)
             following += 1

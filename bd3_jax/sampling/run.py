@@ -20,10 +20,14 @@ from bd3_jax.folders import require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling import statistics
 from bd3_jax.sampling.drawing import Drawn, draw
+from bd3_jax.sampling.infilling import resolve
 from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.sampling.streaming import Watch
+from bd3_jax.sampling.trace import Trace, page
 from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings
 
 FILE_NAME = "samples.jsonl"
+TRACE_FILE = "trace.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +67,15 @@ class Sample:
     seconds: float
 
     @classmethod
-    def of(cls, drawn: Drawn, seed: int, step: int, tokenizer: Tokenizer | None, eos: int) -> "Sample":
-        """Without a tokenizer there is no text, and `length` counts the tokens as they were drawn."""
+    def of(cls, drawn: Drawn, seed: int, step: int, tokenizer: Tokenizer | None) -> "Sample":
+        """Without a tokenizer there is no text, and `length` counts all tokens as they were drawn."""
         tokens = drawn.tokens.tolist()
         return cls(
             index=drawn.index, seed=seed, step=step,
             text=tokenizer.decode(tokens[1:]) if tokenizer else None,
             tokens=tokens, stopped=drawn.stopped, rejected=drawn.rejected,
             nfe=drawn.nfe, cache_calls=drawn.cache_calls,
-            length=statistics.length(tokens, tokenizer) if tokenizer else sum(id != eos for id in tokens[1:]),
+            length=statistics.length(tokens, tokenizer) if tokenizer else len(tokens) - 1,
             entropy=statistics.entropy(tokens),
             **{f"distinct_{n}": statistics.distinct([tokens], n) for n in (1, 2, 3)},
             seconds=drawn.seconds,
@@ -83,12 +87,18 @@ class Sample:
         return f"--- sample {self.index}: {figures}{ended}"
 
 
-def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
+def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: bool = False) -> list[dict[str, Any]]:
     """Draws `config.sampling.num_samples` texts from a run's newest checkpoint, prints and writes them.
 
     `WORKDIR/samples.jsonl` always holds the newest samples, one object a line (see `Sample`), written as they are
     drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number. Batches and
     parameters are split over `config.mesh`; every host has all samples, the first prints and writes them.
+
+    Args:
+      config: all settings.
+      workdir: of the run.
+      trace: also writes `WORKDIR/trace.html`, which replays how the samples were drawn.
+      watch: shows the first of the samples drawn at a time in the terminal, as it fills up.
 
     Raises:
       UserError: if there is no checkpoint, or it cannot do what is asked.
@@ -104,18 +114,23 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
         )
     tokenizer = load_tokenizer(workdir / "tokenizer")
     model = LanguageModel.from_config(config, tokenizer.ids, batch_shards(mesh))
-    sampler = Sampler.from_config(model, config.sampling)
     # The prompt is checked before anything is read or compiled.
-    row = sampler.canvas([tokenizer.encode(config.sampling.prompt)])[0]
+    c, given = resolve(config.sampling, tokenizer.encode)
+    sampler = Sampler.from_config(model, c)
+    row = sampler.canvas([given])[0]
     shardings = param_shardings(mesh, model.network)
     params, step = orbax.restore_params(config, workdir, config.sampling.weights, shardings)
 
     samples: list[Sample] = []
     path, kept, first = workdir / FILE_NAME, None, jax.process_index() == 0
-    c, eos = config.sampling, tokenizer.ids.eos
-    with tqdm(total=c.num_samples, unit=" samples", file=sys.stderr, disable=not first) as progress:
-        for drawn in draw(sampler, params, row, c.num_samples, batch_size(c, model), split_rows):
-            new = Sample.of(drawn, c.seed, step, tokenizer, eos)
+    watcher = Watch(tokenizer) if watch and first else None
+    together = batch_size(c, model) if not watch else batch_shards(mesh)
+    traces: list[Trace] = []
+    with tqdm(total=c.num_samples, unit=" samples", file=sys.stderr, disable=not first or watch) as progress:
+        for drawn in draw(sampler, params, row, c.num_samples, together, split_rows, watcher):
+            new = Sample.of(drawn, c.seed, step, tokenizer)
+            if trace:
+                traces.append(Trace.of(drawn, sampler.layout.size, tokenizer))
             if first:
                 with writing(path):
                     if not samples:
@@ -127,6 +142,10 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
             samples.append(new)
     if first:
         print(summary(samples))
+        if trace:
+            with writing(workdir / TRACE_FILE):
+                (workdir / TRACE_FILE).write_text(page(f"{workdir.resolve().name}: {c.sampler}", traces))
+            print(f"trace in {workdir / TRACE_FILE}")
         print(f"{len(samples)} samples in {path}" + (f"; earlier ones are now in {kept}" if kept else ""))
     return [dataclasses.asdict(sample) for sample in samples]
 

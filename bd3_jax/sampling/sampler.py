@@ -76,16 +76,19 @@ class Sampler:
             return 1
         return min(max(1, TOKENS_PER_CALL // layout.size), layout.num_blocks)
 
-    def canvas(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "b S"]:
+    def canvas(self, prompts: Sequence[Sequence[int | None]]) -> Int[np.ndarray, "b S"]:
         """One row of whole blocks per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
+
+        A prompt may have gaps, where it is None.
 
         Raises:
           UserError: a prompt is longer than the context or than `max_length`.
         """
         canvas = np.full((len(prompts), self.layout.length), self.model.ids.mask, np.int32)
-        limit = min(self.config.max_length, self.model.length)
         for row, prompt in zip(canvas, prompts, strict=True):
-            given = [self.model.ids.bos, *prompt]
+            gap = self.model.ids.mask
+            given = [self.model.ids.bos, *(gap if token is None else token for token in prompt)]
+            limit = self.config.max_length if None in prompt else min(self.config.max_length, self.model.length)
             if len(given) > limit:
                 raise UserError(
                     f"config.sampling.prompt has {len(given)} tokens with BOS; allowed: up to {limit} "
