@@ -39,7 +39,7 @@ def calls(monkeypatch):
     made = []
     for name, (module, function) in PROGRAMS.items():
         stand_in = types.ModuleType(module)
-        setattr(stand_in, function, lambda *args, name=name: made.append((name, *args)))
+        setattr(stand_in, function, lambda *args, name=name, **named: made.append((name, *args, *named.items())))
         monkeypatch.setitem(sys.modules, module, stand_in)
     return made
 
@@ -50,10 +50,18 @@ def test_main_and_bd3_are_the_same_entry(mode, calls):
     assert entry.main([*flags, f"--mode={mode}"]) == 0
     assert cli.main([mode, *flags]) == 0
     assert calls[0] == calls[1]
-    name, config, workdir = calls[0]
+    name, config, workdir, *named = calls[0]
     assert (name, str(workdir)) == (mode, "run")
+    assert named == ([("trace", False), ("watch", False)] if mode == "sample" else [])
     assert isinstance(config, Config)
     assert (config.model.width, config.sampling.prompt, config.block_size) == (64, "a = b", 8)
+
+
+def test_flags_of_sample_alone(calls, capsys):
+    assert cli.main(["sample", CONFIG, "--workdir=run", "--trace", "--watch"]) == 0
+    assert calls[0][3:] == (("trace", True), ("watch", True))
+    assert cli.main(["train", CONFIG, "--workdir=run", "--trace"]) == 2
+    assert capsys.readouterr().err == "error: --trace is for sample, found it with train\n"
 
 
 def test_prepare_needs_no_workdir(calls):
