@@ -21,10 +21,10 @@ def get_config(workdir: str) -> ConfigDict:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold an object of settings, found {type(settings).__name__}")
-    return ConfigDict(_with_new_fields(settings))
+    return ConfigDict(with_new_fields(settings))
 
 
-def _with_new_fields(settings: dict[str, Any]) -> dict[str, Any]:
+def with_new_fields(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that did not exist yet when the run was made have their defaults."""
     objective, size = settings.get("objective"), settings.get("block_size")
     try:

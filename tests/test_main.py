@@ -104,6 +104,18 @@ def test_without_config_the_settings_of_the_run_are_used(tmp_path, calls):
     assert calls[1][1].model == recorded.model
 
 
+def test_settings_that_a_run_does_not_know_yet_have_their_defaults(tmp_path, calls):
+    settings = from_config_dict(quickstart.get_config()).to_dict()
+    settings["sampling"]["nucleus"] = 0.5
+    for name in ("top_k", "infill"):
+        del settings["sampling"][name]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    assert cli.main(["sample", "--workdir=run"]) == 0
+    found = calls[0][1].sampling
+    assert (found.nucleus, found.top_k, found.infill) == (0.5, 0, "")
+
+
 def test_flags_can_come_from_a_file(tmp_path, calls):
     (tmp_path / "flags").write_text(f"{CONFIG}\n--workdir=run\n")
     assert cli.main(["train", "--flagfile=flags"]) == 0

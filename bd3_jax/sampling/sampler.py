@@ -76,6 +76,11 @@ class Sampler:
             return 1
         return min(max(1, TOKENS_PER_CALL // layout.size), layout.num_blocks)
 
+    @property
+    def canvas_length(self) -> int:
+        """S: `max_length` rounded up to whole blocks."""
+        return self.layout.length
+
     def canvas(self, prompts: Sequence[Sequence[int | None]]) -> Int[np.ndarray, "b S"]:
         """One row of whole blocks per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
 
@@ -84,7 +89,7 @@ class Sampler:
         Raises:
           UserError: a prompt is longer than the context or than `max_length`.
         """
-        canvas = np.full((len(prompts), self.layout.length), self.model.ids.mask, np.int32)
+        canvas = np.full((len(prompts), self.canvas_length), self.model.ids.mask, np.int32)
         for row, prompt in zip(canvas, prompts, strict=True):
             gap = self.model.ids.mask
             given = [self.model.ids.bos, *(gap if token is None else token for token in prompt)]
@@ -123,6 +128,26 @@ class Sampler:
         if self.model.objective == "sedd":
             return Memory(None, jnp.zeros((1, 0), jnp.int32))
         return self._context.start(params, row, index)
+
+    def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Filled:
+        """The whole canvas from its beginning in one call, without stops: one program, to be timed or looked at.
+
+        `drawing.draw` gives the same tokens, some blocks at a time.
+        """
+        layout, batch = self.layout, canvas.shape[0]
+        memory = self.start(params, np.zeros(canvas.shape[1], np.int32), 0).tile(batch)
+        first = jnp.zeros(batch, jnp.int32)
+        if layout.stride == layout.size:
+            return self.advance(params, keys, memory, first, canvas)[1]
+        filled = []
+        for number in range(layout.num_blocks):
+            here = slice(number * layout.stride, number * layout.stride + layout.size)
+            memory, window = self.advance(params, keys, memory, first + number, canvas[:, here])
+            canvas = canvas.at[:, here].set(window.tokens)
+            fresh = slice(0 if number == 0 else layout.size - layout.stride, None)
+            new = [leaf[:, fresh] for leaf in (window.tokens, window.confidence, window.drawn_at)]
+            filled.append(Filled(*new, window.nfe, window.cache_calls))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *filled)
 
     def advance(
         self,

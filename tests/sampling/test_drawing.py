@@ -9,6 +9,7 @@ import pytest
 from bd3_jax.errors import UserError
 from bd3_jax.sampling import drawing, stopping
 from bd3_jax.sampling.drawing import Slots, draw
+from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from tests.sampling.settings import GREEDY, change
 
 
@@ -53,6 +54,16 @@ def test_a_prompt_read_at_once_is_as_good_as_one_read_bit_by_bit(make, objective
     assert rows[0].nfe == rows[1].nfe == 30 - 10
     calls = [row.cache_calls for row in rows]
     assert (0 < calls[0] < calls[1]) if kv_cache else calls == [0, 0]
+
+
+def test_the_whole_canvas_in_one_call_gives_the_same(make):
+    for objective, block_size in (("bd3lm", 4), ("mdlm", 0)):
+        sampler, params = make(objective, block_size, max_length=27)
+        canvas = sampler.canvas([[7]] * 3)
+        filled = jax.jit(Sampler.__call__, static_argnums=0)(sampler, params, sequence_keys(0, np.arange(3)), canvas)
+        drawn = list(draw(sampler, params, canvas[0], 3, 3))
+        np.testing.assert_array_equal(filled.tokens[:, :27], [each.tokens for each in drawn])
+        np.testing.assert_array_equal(filled.nfe.sum(1), [each.nfe for each in drawn])
 
 
 def test_every_block_per_call_gives_the_same(make):

@@ -22,24 +22,15 @@ class Samples:
     cache_calls: np.ndarray
 
 
-compiled = jax.jit(Sampler.advance, static_argnums=0)
+compiled = jax.jit(Sampler.__call__, static_argnums=0)
 
 
 def draw(sampler, params, prompts=PROMPTS, indices=None, seed=0, canvas=None):
-    """All rows from their beginning, whatever their prompts: in one call, or one for each window of MDLM."""
+    """Rows with prompts of their own, in one call."""
     keys = sequence_keys(seed, np.arange(len(prompts)) if indices is None else np.asarray(indices))
     canvas = sampler.canvas(prompts) if canvas is None else canvas
-    layout, calls = sampler.layout, []
-    memory = sampler.start(params, canvas[0], 0).tile(len(canvas))
-    step = layout.num_blocks if layout.size == layout.stride else 1
-    for first in range(0, layout.num_blocks, step):
-        here = slice(first * layout.stride, (first + step - 1) * layout.stride + layout.size)
-        number = np.full(len(canvas), first, np.int32)
-        memory, filled = jax.device_get(compiled(sampler, params, keys, memory, number, canvas[:, here]))
-        canvas[:, here] = filled.tokens
-        calls.append((filled.nfe.sum(1), filled.cache_calls.sum(1)))
-    nfe, cache_calls = np.sum(calls, axis=0)
-    return Samples(canvas[:, : sampler.config.max_length], nfe, cache_calls)
+    filled = jax.device_get(compiled(sampler, params, keys, canvas))
+    return Samples(filled.tokens[:, : sampler.config.max_length], filled.nfe.sum(1), filled.cache_calls.sum(1))
 
 
 @pytest.mark.parametrize(("objective", "block_size"), MODELS)
