@@ -145,8 +145,8 @@ class Sampler:
             memory, window = self.advance(params, keys, memory, first + number, canvas[:, here])
             canvas = canvas.at[:, here].set(window.tokens)
             fresh = slice(0 if number == 0 else layout.size - layout.stride, None)
-            new = [leaf[:, fresh] for leaf in (window.tokens, window.confidence, window.drawn_at)]
-            filled.append(Filled(*new, window.nfe, window.cache_calls))
+            tokens, confidence, drawn_at = (x[:, fresh] for x in (window.tokens, window.confidence, window.drawn_at))
+            filled.append(Filled(tokens, confidence, drawn_at, window.nfe, window.cache_calls))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *filled)
 
     def advance(

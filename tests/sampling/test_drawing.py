@@ -1,6 +1,7 @@
 """Many samples through few slots: stops, redraws and refills, on a model that says what the test wants."""
 
 import itertools
+import resource
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from bd3_jax.errors import UserError
 from bd3_jax.sampling import drawing, stopping
 from bd3_jax.sampling.drawing import Slots, draw
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
-from tests.sampling.settings import GREEDY, change
+from tests.sampling.settings import GREEDY, change, sampling_config
 
 
 @pytest.fixture
@@ -180,3 +181,25 @@ def test_greedy_slots_agree_with_the_network(make):
     seen = np.asarray([[*tokens[:8], *[lm.ids.mask] * 4]])
     logits = lm.network.unembed(params, lm.network.apply(params, seen, 4))
     assert tokens[8:] == logits.at[..., lm.ids.mask].set(-np.inf).argmax(-1)[0, 8:].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 16), ("ar", 0)])
+def test_100_000_tokens_from_a_context_of_128(toy_lm, random_params, objective, block_size):
+    lm = toy_lm(objective, block_size, length=128)
+    config = sampling_config(objective, max_length=100_000)
+    sampler, params = Sampler(lm, config), random_params(lm)
+    slots = Slots(sampler, params, sampler.canvas([[]])[0], 1)
+    slots.begin({0: slots.new(0)})
+    for _ in range(10):
+        slots.step()
+    held = lambda: sum(array.nbytes for array in jax.live_arrays())
+    process = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    before = held(), process()
+    (drawn,) = next(filter(None, iter(slots.step, None)))
+    assert held() == before[0]
+    assert process() - before[1] < 64  # MiB
+    assert len(drawn.tokens) == 100_000
+    assert drawn.nfe >= 99_999
+    # The end is as varied as the beginning.
+    assert len(set(drawn.tokens[-2000:])) == len(set(drawn.tokens[:2000]))
