@@ -92,13 +92,12 @@ class Slots:
         self.drawing: list[Drawn | None] = [None] * batch
         shardings = _memory_sharding(self._fresh, batch, sharding)
         self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
-        tile = lambda memory: memory.tile(batch)
-        self._memory = jax.jit(tile, out_shardings=shardings)(self._fresh)
+        self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(self._fresh, batch)
         if sharding is not None:
             shardings = shardings, NamedSharding(sharding.mesh, PartitionSpec())
         arguments = jax.tree.map(_abstract, (params, self._memory, *self._inputs()))
         leaves, structure = jax.tree.flatten(arguments)
-        self._advance = _compile(sampler, shardings, structure, tuple(leaves))
+        self._advance = _compile(sampler.program, shardings, structure, tuple(leaves))
 
     @property
     def free(self) -> list[int]:

@@ -65,6 +65,15 @@ class Sampler:
         return cls(model, c)
 
     @property
+    def program(self) -> "Sampler":
+        """The sampler that `advance` is compiled for: what it does not read has one value."""
+        c = dataclasses.replace(
+            self.config, seed=0, num_samples=1, batch_size=1, prompt="", infill="", weights="ema",
+            variable_length=False, min_entropy=0.0, max_length=min(self.config.max_length, self.model.length),
+        )  # fmt: skip
+        return dataclasses.replace(self, config=c)
+
+    @property
     def layout(self) -> Layout:
         return Layout.of(self.model.block_size, self.model.length, self.config.max_length)
 

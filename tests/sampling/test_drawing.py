@@ -67,6 +67,20 @@ def test_the_whole_canvas_in_one_call_gives_the_same(make):
         np.testing.assert_array_equal(filled.nfe.sum(1), [each.nfe for each in drawn])
 
 
+@pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("ar", 0)])
+def test_one_compiled_function_for_every_prompt_length_and_seed(make, objective, block_size):
+    sampler, params = make(objective, block_size)
+    tokens_of(sampler, params, 2, 2)
+    compiled = drawing._compile.cache_info().misses
+    for changed, prompt in (
+        (change(sampler, seed=3), [1, 2]),
+        (change(sampler, max_length=50, variable_length=True), [3] * 7),
+        (change(sampler, num_samples=9, min_entropy=0.1), []),
+    ):
+        tokens_of(changed, params, 2, 2, prompt)
+    assert drawing._compile.cache_info().misses == compiled
+
+
 def test_every_block_per_call_gives_the_same(make):
     sampler, params = make("bd3lm", 4, max_length=27)
     found = []
