@@ -60,7 +60,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<1"],
         "cuda": ["jax[cuda13]>=0.10,<1"],
         # 2.6 is the first whose weights_only loading refuses code by default; the others judge samples.
-        "torch": ["gguf>=0.17", "torch>=2.6", "transformers>=4.57"],
+        "torch": ["accelerate>=1.0", "gguf>=0.17", "torch>=2.6", "transformers>=4.57"],
         "notebook": ["jupyter>=1.1,<2"],
     },
     classifiers=[

@@ -153,12 +153,12 @@ def entropy_bounded(gamma):
     ("update", "choose", "block_size", "p", "row"),
     [
         (MostConfident(1), most_confident(1), 4, 1.0, ALL_MASKED),
-        (MostConfident(2), most_confident(2), 4, 0.8, GAP),
+        (MostConfident(2), most_confident(2), 4, 0.95, GAP),
         (MostConfident(3), most_confident(3), 2, 1.0, ALL_MASKED),
         (Threshold(0.45), threshold(0.45), 4, 1.0, ALL_MASKED),
         (Threshold(0.4), threshold(0.4), 2, 1.0, PROMPTED),
         (EntropyBounded(0.9), entropy_bounded(0.9), 4, 1.0, ALL_MASKED),
-        (EntropyBounded(0.0), entropy_bounded(0.0), 2, 0.8, GAP),
+        (EntropyBounded(0.0), entropy_bounded(0.0), 2, 0.95, GAP),
     ],
 )
 def test_confidence_has_the_enumerated_distribution(update, choose, block_size, p, row):
