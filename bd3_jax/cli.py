@@ -12,6 +12,7 @@ from etils import epath
 from bd3_jax import command_line
 from bd3_jax import main as entry
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 
 class Verb(NamedTuple):
@@ -91,7 +92,7 @@ def _one_folder(argv: Sequence[str], usage: str, example: str) -> epath.Path:
         raise SystemExit(0)
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"expected one folder, as in {example}; found {' '.join(argv) or 'none'}")
-    return epath.Path(argv[0])
+    return reachable(argv[0], "the folder")
 
 
 def parity(argv: Sequence[str]) -> None:
@@ -138,6 +139,30 @@ def convert(argv: Sequence[str]) -> None:
     print(f"written to {write(*paths, **options)}")
 
 
+def compile_program(argv: Sequence[str]) -> None:
+    """Compiles the program of a run for a machine that is not at hand, and says whether it fits (exit 0, else 1).
+
+    bd3 compile --config=FILE.py[:STRING] --topology=CHIP:SHAPE [--mode=train|eval|sample] [--search] [--json=FILE]
+
+    --topology: v5e:16x16, v5p:2x2x1, v6e:2x4 (with the extra tpu), h100:8 (with the extra cuda), cpu:4 (this machine)
+    --search: the largest batch a chip holds, for each rematerialisation policy
+    --vocab_size: V with the mask, for tokenizers whose size is not known; neither data nor tokenizer is read
+    --json: write the figures to this file too
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", None, "machine to compile for", flag_values=values)
+    flags.DEFINE_enum("mode", "train", entry.MODES, "which program", flag_values=values)
+    flags.DEFINE_boolean("search", False, "find the largest batch that fits", flag_values=values)
+    flags.DEFINE_integer("vocab_size", 0, "V with the mask", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("json", None, "file for the figures", flag_values=values)
+    config = command_line.parse(argv, values, usage=compile_program.__doc__ or "")
+    topology = command_line.required(values, "topology", "CHIP:SHAPE, as in --topology=v5e:16x16")
+    from bd3_jax.compiling.run import main as compile_and_tell
+
+    if not compile_and_tell(config, topology, values.mode, values.vocab_size, values.search, values["json"].value):
+        raise SystemExit(1)
+
+
 VERBS = {
     "prepare": Verb("turn a corpus into rows of tokens", prepare),
     "inspect": Verb("what is in a prepared corpus", inspect),
@@ -147,6 +172,7 @@ VERBS = {
     "judge": Verb("generative perplexity of samples, by another language model", judge),
     "convert": Verb("write a checkpoint in the authors' layout, or in ours", convert),
     "parity": Verb("compare with numbers stored by the authors' implementation", parity),
+    "compile": Verb("whether a run fits a machine that is not at hand, and what it costs", compile_program),
     "report": Verb("a run's curves, samples and settings as one HTML page", report),
 }
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from bd3_jax import config as settings
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -21,12 +21,18 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 def exit_status(run: Callable[[], None]) -> int:
     """Runs a command: 0, 2 for a user's mistake, 130 for Ctrl-C, the last two with one line on standard error.
 
-    Any other exception is a fault of this program and keeps its traceback.
+    What the system refuses to do with a file is the user's to mend, too. Any other exception is a fault of this program
+    and keeps its traceback.
     """
     try:
         run()
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -123,7 +129,7 @@ def required(values: flags.FlagValues, name: str, allowed: str) -> str:
 
 def _recorded(directory: str | None) -> str:
     """The --config that reads the settings of an earlier run."""
-    if directory and (epath.Path(directory) / "config.json").exists():
+    if directory and (reachable(directory, "--workdir") / "config.json").exists():
         return f"{_installed() / 'workdir.py'}:{directory}"
     where = f"{directory}/config.json does not exist" if directory else "no --workdir to take it from"
     raise UserError(f"--config is missing, as in --config=configs/quickstart.py:bd3lm,block_size=8 ({where})")

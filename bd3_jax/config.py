@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import ml_collections
 
-from bd3_jax.errors import UserError
+from bd3_jax.errors import UserError, require_text
 
 Objective = Literal["ar", "mdlm", "sedd", "bd3lm"]
 ScheduleName = Literal["loglinear", "square", "square_root", "log", "cosine", "scaled_loglinear"]
@@ -39,9 +39,11 @@ class ModelConfig:
     cond_dim: int
     dropout: float
     dtype: Literal["auto", "float32", "bfloat16"]
-    attention: Literal["auto", "dense", "decomposed"]
+    attention: Literal["auto", "dense", "decomposed", "splash"]
     attention_chunk: int
     scan_unroll: int
+    remat: Literal["none", "block", "full"]
+    max_logits: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +178,7 @@ def _block_size(settings: dict[str, Any]) -> Any:
     """0 stands for the only block size an objective has: 1 for AR, L for MDLM and SEDD."""
     own = {"ar": 1, "mdlm": settings["model"].get("length"), "sedd": settings["model"].get("length")}
     block_size, objective = settings["block_size"], settings["objective"]
-    if objective in own and block_size == 0:
-        return own[objective]
-    return block_size
+    return own.get(objective, 0) if isinstance(objective, str) and block_size == 0 else block_size
 
 
 def _build(cls: type[T], settings: dict[str, Any], path: str) -> T:
@@ -201,12 +201,16 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if value not in get_args(kind):
             raise UserError(f"{path} must be one of {', '.join(get_args(kind))}; found {value!r}")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not kind:
         raise UserError(f"{path} must be of type {kind.__name__}, found {value!r}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{path} must be finite, found {value!r}")
+    if kind is int and not path.endswith("seed") and abs(value) >= 2**31:
+        raise UserError(f"{path} is {value}; allowed: integers up to 2**31 - 1")
+    if kind is str:
+        require_text(value, path)
     return value
 
 
@@ -229,10 +233,12 @@ def _check(c: Config) -> None:
         require(0 <= seed < 2**32, path, seed, "0 <= seed < 2**32")
 
     m, n, length = c.model, c.noise, c.model.length
-    for path in ("model.length", "model.width", "model.num_layers", "model.num_heads", "model.cond_dim"):
+    at_least(2, "model.length")  # of one token, either BOS or left without a target, nothing can be learnt
+    for path in ("model.width", "model.num_layers", "model.num_heads", "model.cond_dim"):
         at_least(1, path)
-    at_least(1, "model.attention_chunk")
-    at_least(1, "model.scan_unroll")
+    at_least(0, "model.attention_chunk")
+    at_least(0, "model.scan_unroll")
+    at_least(0, "model.max_logits")
     require(m.width % m.num_heads == 0, "model.num_heads", m.num_heads, f"a divisor of model.width = {m.width}")
     require(m.width // m.num_heads % 2 == 0, "model.num_heads", m.num_heads, "an even width per head (rotary pairs)")
     fraction("model.dropout")
@@ -248,9 +254,8 @@ def _check(c: Config) -> None:
     weighted = c.objective != "sedd" or n.low <= 0.5  # above it the loss weight is 1, which is for the others
     require(weighted, "noise.low", n.low, "up to 0.5 for objective sedd")
     if n.resample:
-        counts = [k for k in range(c.block_size + 1) if _fits(k, c.block_size, n.low, n.high)]
         holds = f"a range that holds k/{c.block_size} for some k"
-        require(bool(counts), "noise.low, noise.high", (n.low, n.high), holds)
+        require(can_clip(c.block_size, n.low, n.high), "noise.low, noise.high", (n.low, n.high), holds)
     if n.schedule != "loglinear":
         full = n.low <= 1e-3 and n.high == 1
         require(full, "noise.schedule", n.schedule, "loglinear where noise.low or noise.high clips the interval")
@@ -304,6 +309,15 @@ def _check(c: Config) -> None:
     require(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "1 or more, or -1 for all other devices")
 
 
-def _fits(k: int, block_size: int, low: float, high: float) -> bool:
-    """Whether k masked tokens of a block are a fraction inside the clipped interval (bounds at the ends waived)."""
-    return (low <= 1e-3 or k / block_size >= low) and (high >= 1 or k / block_size <= high)
+def lies_within(fraction: Any, low: Any, high: Any) -> Any:
+    """Whether the masked fraction of a block lies in the clipped interval [low, high]; for numbers and arrays alike.
+
+    The bounds are inclusive, and k/B rounds in float32, hence the slack. At its end, 1e-3 or 1, a bound is waived.
+    """
+    slack = 1e-6
+    return ((fraction >= low - slack) | (low <= 1e-3)) & ((fraction <= high + slack) | (high >= 1))
+
+
+def can_clip(block_size: int, low: float, high: float) -> bool:
+    """Whether [low, high] holds k/B for some number k of masked tokens."""
+    return any(lies_within(k / block_size, low, high) for k in range(block_size + 1))

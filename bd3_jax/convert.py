@@ -11,6 +11,7 @@ from bd3_jax.checkpoints.published import write_published
 from bd3_jax.checkpoints.source import Weights
 from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 from bd3_jax.model_card import model_card
 from bd3_jax.pretrained import Pretrained, load_pretrained
 
@@ -38,8 +39,8 @@ def convert(
     Raises:
       UserError: `dest` exists, or the source cannot be loaded or not be written in that format.
     """
-    target = epath.Path(dest)
-    if target.exists():
+    target = reachable(dest, "DEST")
+    if target.exists() or os.path.islink(target):
         raise UserError(f"{dest} exists and is not overwritten; name a folder that does not exist yet")
     if format not in ("pytorch", "bd3"):
         raise UserError(f"format is {format!r}; allowed: pytorch, bd3")

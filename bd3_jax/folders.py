@@ -2,12 +2,37 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Iterator
 
 from etils import epath
 
-from bd3_jax.errors import UserError
+from bd3_jax.errors import UserError, require_text
+
+
+def reachable(path: epath.PathLike, setting: str) -> epath.Path:
+    """`path`, local or in a bucket.
+
+    Raises:
+      UserError: naming `setting`, for a name that is not UTF-8, a URL of a kind that is not known, or a bucket that
+        cannot be reached, as without its library or permission.
+    """
+    require_text(str(path), setting)
+    if "://" in str(path):
+        try:
+            epath.Path(path).exists()
+        except Exception as error:  # each library has its own
+            reason = "a URL of unknown kind" if isinstance(error, KeyError) else " ".join(str(error).split())[-300:]
+            raise UserError(
+                f"{setting} is {str(path)!r}, which cannot be reached: {reason}; allowed: a local path, or gs://"
+            ) from None
+    return epath.Path(path)
+
+
+def real_path(path: epath.Path) -> epath.Path:
+    """Where symbolic links lead, be it there or not; a URL stays as it is."""
+    return path if "://" in str(path) else epath.Path(os.path.realpath(path))
 
 
 def require_writable(folder: epath.Path, setting: str) -> None:
@@ -61,6 +86,12 @@ def _take(held: int, lock: epath.Path, refusal: str) -> None:
     # Whoever held it may have removed the file since it was opened.
     if not lock.exists() or not os.path.samestat(os.fstat(held), os.stat(lock)):
         raise UserError(refusal)
+
+
+def free_path(path: epath.Path) -> epath.Path:
+    """`path`, or where something has that name, the first free one of STEM-1.SUFFIX, STEM-2.SUFFIX and so on."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import Config, NoiseConfig
 from bd3_jax.diffusion import likelihood
+from bd3_jax.diffusion.output_loss import Chunks, Output
 from bd3_jax.models.transformer import Network, Params
 from bd3_jax.special_ids import SpecialIds
 
@@ -45,7 +46,7 @@ class LanguageModel:
     @property
     def is_exact(self) -> bool:
         """Whether evaluation gives the likelihood itself, with nothing drawn: AR, and BD3-LM at B = 1."""
-        return self.objective == "ar" or self.block_size == 1
+        return self.objective == "ar" or (self.objective == "bd3lm" and self.block_size == 1)
 
     def hidden(
         self,
@@ -76,19 +77,12 @@ class LanguageModel:
         x0: Int[Array, "b L"],
         draw: likelihood.Draw | None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "b L"]:
-        """Loss of every token given its draw (None for AR), nats."""
+    ) -> tuple[Float[Array, ""], Float[Array, "b L"]]:
+        """Sum of the losses of all tokens given their draw (None for AR), and each of them, nats."""
         hidden = self.hidden(params, x0, draw, dropout_key)
-        return likelihood.token_losses(
-            self.objective,
-            hidden,
-            lambda h: self.network.unembed(params, h),
-            x0,
-            draw,
-            self.ids.mask,
-            self.ids.vocab_size,
-            self.batch_shards,
-        )
+        output = Output(params["output"]["kernel"], params["output"]["bias"])
+        chunks = Chunks(self.network.max_logits, self.batch_shards)
+        return likelihood.token_losses(self.objective, hidden, output, x0, draw, self.ids.mask, chunks)
 
     def training_loss(
         self,
@@ -106,9 +100,9 @@ class LanguageModel:
         draw = None
         if self.objective != "ar":
             draw = likelihood.draw_training(key_draw, x0, self.block_size, self.noise, low, high, self.ids.mask)
-        losses = self.token_losses(params, x0, draw, key_dropout)
+        total, losses = self.token_losses(params, x0, draw, key_dropout)
         count = losses.size - (losses.shape[0] if self.objective == "ar" else 0)
-        return losses.sum() / count, losses
+        return total / count, losses
 
     def eval_losses(
         self, params: Params, x0: Int[Array, "b L"], key: PRNGKeyArray, estimator: str
@@ -131,7 +125,7 @@ class LanguageModel:
             draw = likelihood.draw_low_variance(key, *args)
         else:
             draw = likelihood.draw_monte_carlo(key, *args)
-        return self.token_losses(params, x0, draw)
+        return self.token_losses(params, x0, draw)[1]
 
     def counted(self, length: int) -> Bool[Array, "L"]:
         """Positions that an evaluation counts: all but 0 for AR and with `ignore_bos`."""

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 
 from bd3_jax import command_line
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 MODES = ("train", "eval", "sample")
 
@@ -36,7 +36,8 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     if mode is None:
         flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
-    workdir = epath.Path(command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart"))
+    where = command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart")
+    workdir = reachable(where, "--workdir")
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
     if mode != "sample" and (values.trace or values.watch):

@@ -18,6 +18,7 @@ from etils import epath
 from bd3_jax.diffusion.schedules import SCHEDULES, get_schedule
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import recompute
+from bd3_jax.folders import reachable
 from bd3_jax.pretrained import load_pretrained
 from bd3_jax.training.state import update_ema
 
@@ -62,7 +63,7 @@ def parity(paths: Iterable[str], atol: float = ATOL, rtol: float = RTOL) -> list
     Raises:
       UserError: a path is none of these. What is wrong within a folder is a failed check.
     """
-    folders, files = _find([epath.Path(path) for path in paths])
+    folders, files = _find([reachable(path, "the folder") for path in paths])
     checks: list[Check] = []
     with jax.default_matmul_precision("highest"):
         for folder in folders:

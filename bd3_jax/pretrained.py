@@ -143,7 +143,7 @@ class Pretrained:
             raise UserError(
                 f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
             )
-        if infill and self.objective == "ar":
+        if len(infill) and self.objective == "ar":
             raise UserError("infill is for models that denoise; ar cannot see what follows a gap")
         c, given = resolve(c, lambda text: self.text_tokenizer().encode(text), prompt, infill)
         sampler = Sampler.from_config(self.model, c)

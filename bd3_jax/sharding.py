@@ -1,6 +1,7 @@
 """The device mesh, and the one table that says which array dimension is split over which of its axes."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -23,21 +24,23 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """All devices as a mesh with axes data, fsdp and tensor; data = -1 takes what the other two leave.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices as a mesh with axes data, fsdp and tensor; data = -1 takes what the other two leave.
+
+    `devices` may be those of a machine that is not at hand; by default they are all that there are.
 
     Raises:
       UserError: if the product is not the number of devices.
     """
-    devices, others = jax.device_count(), config.fsdp * config.tensor
-    data = devices // others if config.data == -1 else config.data
-    if data * others != devices:
+    count, others = jax.device_count() if devices is None else len(devices), config.fsdp * config.tensor
+    data = count // others if config.data == -1 else config.data
+    if data * others != count:
         raise UserError(
             f"config.mesh.data, fsdp, tensor are {config.data}, {config.fsdp}, {config.tensor}; allowed: a product of "
-            f"{devices}, the number of devices (data = -1: all that fsdp and tensor leave)"
+            f"{count}, the number of devices (data = -1: all that fsdp and tensor leave)"
         )
     shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def spec(mesh: Mesh, logical: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:

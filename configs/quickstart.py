@@ -12,7 +12,7 @@ def get_config(string: str = "bd3lm,block_size=8") -> ConfigDict:
     config = base.get_config(string)
     config.model.update(length=128, width=128, num_layers=4, num_heads=4, cond_dim=64)
     # Two epochs leave nothing to overfit to.
-    config.model.update(dropout=0.0, attention_chunk=64, scan_unroll=4)
+    config.model.update(dropout=0.0)
     config.data.update(directory="data/quickstart")
     if config.block_size > 1:
         # Blocks with few or all tokens masked teach little (Block Diffusion, section 5); evaluation covers them all.

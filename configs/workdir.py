@@ -17,10 +17,10 @@ def get_config(workdir: str) -> ConfigDict:
     path = epath.Path(workdir) / "config.json"
     try:
         settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold an object of settings, found {type(settings).__name__}")
+    if not isinstance(settings, dict) or "objective" not in settings:
+        raise UserError(f"{path} does not hold the settings of a run; choose another --workdir, or give --config")
     return ConfigDict(with_new_fields(settings))
 
 

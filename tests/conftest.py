@@ -72,6 +72,8 @@ def golden() -> Callable[..., Golden]:
             attention="auto",
             attention_chunk=256,
             scan_unroll=1,
+            remat="none",
+            max_logits=0,
         )
         scaled = name.endswith("loss_scale")
         noise = NoiseConfig(
@@ -97,7 +99,7 @@ def toy_lm() -> Callable[..., LanguageModel]:
     def build(objective: str, block_size: int = 0, vocab_size: int = 11, **settings: Any) -> LanguageModel:
         model = dict(
             length=12, width=16, num_layers=2, num_heads=2, cond_dim=8, dropout=0.1,
-            dtype="float32", attention="auto", attention_chunk=5, scan_unroll=1,
+            dtype="float32", attention="auto", attention_chunk=5, scan_unroll=1, remat="none", max_logits=0,
         )  # fmt: skip
         noise = dict(schedule="loglinear", low=1e-3, high=1.0, resample=False, ignore_bos=True)
         for group in (model, noise):

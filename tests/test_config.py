@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 import pytest
 
 import bd3_jax.configs
-from bd3_jax.config import SAMPLERS, Config, from_config_dict
+from bd3_jax.config import SAMPLERS, Config, can_clip, from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 
@@ -85,6 +86,12 @@ IMPOSSIBLE = [
     (dict(noise__low=0.6, noise__high=0.5), "config.noise.low, noise.high is (0.6, 0.5)"),
     (dict(noise__low=0.51, noise__high=0.52, noise__resample=True), "a range that holds k/16 for some k"),
     (dict(noise__schedule="cosine", noise__high=0.5), "config.noise.schedule is 'cosine'; allowed: loglinear"),
+    (dict(objective=["ar"]), "config.objective must be one of ar, mdlm, sedd, bd3lm; found ['ar']"),
+    (dict(model__length=1, block_size=1), "config.model.length is 1; allowed: 2 or more"),
+    (dict(model__length=10**30), f"config.model.length is {10**30}; allowed: integers up to 2**31 - 1"),
+    (dict(training__num_steps=2**31), "config.training.num_steps is 2147483648; allowed: integers up to 2**31 - 1"),
+    (dict(optimizer__learning_rate=10**400), "config.optimizer.learning_rate must be of type float"),
+    (dict(sampling__prompt="caf\udce9"), r"config.sampling.prompt is 'caf\udce9'; allowed: text in UTF-8"),
     (dict(data__corpus=""), "config.data.corpus"),
     (dict(data__directory=""), "config.data.directory"),
     (dict(data__vocab_size=0), "config.data.vocab_size"),
@@ -180,3 +187,14 @@ def test_a_wrong_config_string_is_refused(string, message):
     with pytest.raises(UserError) as error:
         base.get_config(string)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7, 10, 15, 49])
+def test_an_interval_is_allowed_where_a_number_of_masked_tokens_fits(block_size):
+    """Bounds k/B are inclusive, as floats of 32 and of 64 bits alike; between them nothing fits."""
+    for k in range(1, block_size):
+        for bound in (k / block_size, float(np.float32(k / block_size))):
+            assert can_clip(block_size, bound, bound)
+        assert not can_clip(block_size, (k + 0.4) / block_size, (k + 0.6) / block_size)
+    assert can_clip(block_size, 1e-3, 0.9999 / block_size)  # nothing masked: the lower bound is waived
+    assert not can_clip(block_size, 0.002, 0.9999 / block_size)

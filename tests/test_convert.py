@@ -178,17 +178,21 @@ def test_a_card_claims_nothing_that_the_source_does_not_say(tmp_path):
         assert f"| {fact} | not stated by the source |" in card
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_nothing_is_overwritten(kind, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_nothing_is_overwritten(kind, tmp_path, capsys, files_in):
     dest = tmp_path / "out"
     if kind == "folder":
         dest.mkdir()
         (dest / "mine").write_text("precious")
-    else:
+    elif kind == "file":
         dest.write_text("precious")
+    else:
+        dest.symlink_to("nowhere")
+    before = files_in(tmp_path)
     assert cli.main(["convert", str(GOLDEN / "ar"), str(dest)]) == 2
     assert f"{dest} exists and is not overwritten" in capsys.readouterr().err
-    assert (dest / "mine" if kind == "folder" else dest).read_text() == "precious"
+    assert files_in(tmp_path) == before
+    assert dest.is_symlink() == (kind == "link")
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from bd3_jax.errors import UserError
-from bd3_jax.folders import alone, require_writable, writing
+from bd3_jax.folders import alone, free_path, reachable, require_writable, writing
 
 
 @pytest.fixture
@@ -73,3 +73,25 @@ def test_a_lock_that_cannot_be_made(root):
 def test_what_the_system_refuses_is_one_line(root):
     with pytest.raises(UserError, match=r"cannot write .*nowhere: No space left on device"), writing(root / "nowhere"):
         raise OSError(28, os.strerror(28))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "foo://bucket/rows",
+            "--workdir is 'foo://bucket/rows', which cannot be reached: a URL of unknown kind; allowed:",
+        ),
+        ("caf\udce9", r"--workdir is 'caf\\udce9'; allowed: text in UTF-8"),
+    ],
+)
+def test_paths_that_cannot_be_reached(path, message):
+    with pytest.raises(UserError, match=message):
+        reachable(path, "--workdir")
+
+
+def test_free_names_are_numbered_before_the_suffix(tmp_path):
+    path = epath.Path(tmp_path) / "samples.jsonl"
+    for name in ("samples.jsonl", "samples-1.jsonl", "samples-2.jsonl"):
+        assert free_path(path) == epath.Path(tmp_path) / name
+        (tmp_path / name).write_text("")

@@ -1,7 +1,6 @@
 """Objectives bound to the network: identities between them, and what may depend on what."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 
 from bd3_jax.config import from_config_dict
 from bd3_jax.diffusion import likelihood, objectives
+from bd3_jax.diffusion.output_loss import Chunks, Output
 from bd3_jax.language_model import LanguageModel
 from configs.base import get_config
 
@@ -68,10 +68,10 @@ def test_one_block_is_mdlm(toy_lm, random_params):
     params, x0 = random_params(lm), rows(lm)
     draw = likelihood.draw_monte_carlo(jax.random.key(0), x0, 12, lm.noise, lm.ids.mask)
     hidden = lm.network.apply(params, draw.xt, 12, clean=x0)
-    unembed = functools.partial(lm.network.unembed, params)
-    ours = likelihood.token_losses("bd3lm", hidden, unembed, x0, draw, lm.ids.mask, lm.ids.vocab_size)
+    output, chunks = Output(**params["output"]), Chunks(1000, 1)
+    _, ours = likelihood.token_losses("bd3lm", hidden, output, x0, draw, lm.ids.mask, chunks)
     assert (ours > 0).any()
-    np.testing.assert_allclose(ours, lm.token_losses(params, x0, draw), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours, lm.token_losses(params, x0, draw)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_objectives_that_draw_are_inexact(toy_lm):
@@ -112,7 +112,7 @@ def test_bd3lm_losses_depend_on_earlier_blocks_and_what_is_unmasked_in_their_own
     def losses(x0):
         xt = jnp.where(mask, lm.ids.mask, x0)
         draw = likelihood.Draw(xt, jnp.ones(xt.shape), jnp.zeros((len(x0), 12 // block_size)))
-        return lm.token_losses(params, x0, draw)
+        return lm.token_losses(params, x0, draw)[1]
 
     block = np.arange(12) // block_size
     same, earlier = block[:, None] == block, block[:, None] > block
@@ -129,7 +129,7 @@ def test_masked_tokens_are_seen_by_no_one_else(toy_lm, random_params, objective)
     def losses(x0):
         xt = jnp.where(mask, lm.ids.mask, x0)
         draw = likelihood.Draw(xt, jnp.ones(xt.shape), jnp.full((len(x0), 1), 0.7))
-        return lm.token_losses(params, x0, draw)
+        return lm.token_losses(params, x0, draw)[1]
 
     expected = mask[:, None] & (~mask | np.eye(12, dtype=bool))
     np.testing.assert_array_equal(influence(losses, rows(lm), lm.ids.vocab_size), expected)
@@ -234,3 +234,10 @@ def test_from_config(toy_lm, objective):
     assert lm.network.time_conditioned == (objective == "sedd")
     assert lm.network.vocab_size == ids.vocab_size
     assert hash(lm) == hash(dataclasses.replace(lm))
+
+
+def test_only_ar_and_blocks_of_one_token_are_exact(toy_lm):
+    """A row of one token is a block of one token too, but SEDD's and MDLM's bound draws a time for it."""
+    exact = [toy_lm("ar"), toy_lm("bd3lm", 1)]
+    bounds = [toy_lm("bd3lm", 2), toy_lm("mdlm"), toy_lm("sedd"), toy_lm("mdlm", length=1), toy_lm("sedd", length=1)]
+    assert [lm.is_exact for lm in exact + bounds] == [True] * 2 + [False] * 5

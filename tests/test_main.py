@@ -155,7 +155,19 @@ MISTAKES = [
         "config.block_size is 7; allowed",
     ),
     (["train", "--workdir=broken"], "broken/config.json cannot be read as JSON"),
-    (["train", "--workdir=list"], "list/config.json must hold an object of settings, found list"),
+    (["train", "--workdir=list"], "list/config.json does not hold the settings of a run; choose another --workdir"),
+    (["eval", "--workdir=exported"], "exported/config.json does not hold the settings of a run"),
+    *(
+        (argv, "is 'foo://x', which cannot be reached: a URL of unknown kind; allowed: a local path, or gs://")
+        for argv in (
+            ["train", CONFIG, "--workdir=foo://x"],
+            ["eval", "--workdir=foo://x"],
+            ["inspect", "foo://x"],
+            ["report", "foo://x"],
+        )
+    ),
+    (["train", CONFIG, "--workdir=run", f"--config.model.width={10**30}"], f"config.model.width is {10**30}; allowed"),
+    (["sample", CONFIG, "--workdir=run", "--config.sampling.prompt=\udcff"], "allowed: text in UTF-8"),
     (["train", CONFIG, "--workdir=run", "--config.model.widht=3"], "did you mean config.model.width?"),
     (["train", CONFIG, "--workdir=run", "--config.modle.width=3"], "did you mean config.model?"),
     (["train", CONFIG, "--workdir=run", "--config.model=3"], "config.model is a group; set one of its fields: att"),
@@ -182,6 +194,7 @@ def test_a_mistake_is_one_line_and_status_2(argv, message, calls, tmp_path, caps
         "number.py": "def get_config():\n    return 3\n",
         "broken/config.json": "{",
         "list/config.json": "[]",
+        "exported/config.json": '{"model_type": "bd3lm", "hidden_dim": 8}',
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -212,6 +225,13 @@ def test_a_mistake_found_by_a_program_is_one_line_too(capsys):
 
     assert command_line.exit_status(fail) == 2
     assert capsys.readouterr().err == "error: no rows in data/x\n"
+
+
+@pytest.mark.parametrize(("name", "problem"), [("folder", "Is a directory"), ("nowhere", "No such file or directory")])
+def test_what_the_system_refuses_is_one_line_too(tmp_path, capsys, name, problem):
+    (tmp_path / "folder").mkdir()
+    assert command_line.exit_status(lambda: (tmp_path / name).read_text()) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / name}: {problem}\n"
 
 
 def test_ctrl_c_is_one_line_and_status_130(capsys):

@@ -1,15 +1,18 @@
 """Checkpoints of a run in `WORKDIR/checkpoints/STEP/`: the whole state and the position in the data, saved together.
 
 A checkpoint appears under its final name when it is complete, so an interrupted save leaves nothing that could be read.
-`WORKDIR/config.json` beside them says what they are checkpoints of.
+One that cannot be read all the same, as after a bad disk or half a copy, is passed over with a warning, in favour of
+the one before. `WORKDIR/config.json` beside them says what they are checkpoints of.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import grain
@@ -23,12 +26,23 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
+from bd3_jax.folders import free_path
 
 State = TypeVar("State")
+T = TypeVar("T")
 FOLDER = "checkpoints"
 
 # Orbax logs the tracebacks of all threads in which a save failed, and raises the exception besides.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+
+def _quiet(unraisable: Any, tell: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """Where reading one array fails, the reads of the others end later and find nobody who waits for them."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        tell(unraisable)
+
+
+sys.unraisablehook = _quiet
 
 
 class Checkpoints:
@@ -58,13 +72,32 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
-        self, step: int, abstract: State, stream: grain.DatasetIterator | None = None
-    ) -> tuple[State, dict[str, Any]]:
-        """State and position; `abstract` has the shape, dtype and sharding of every array. `stream` moves to its place.
+        self, newest: int, abstract: State, stream: grain.DatasetIterator | None = None
+    ) -> tuple[int, State, dict[str, Any]]:
+        """Step, state and position of the last checkpoint up to step `newest` that can be read.
+
+        Later ones are set aside as `STEP.damaged`, for training will come to their steps again.
+
+        Args:
+          newest: see `summarize`, which passes over damaged ones too.
+          abstract: shape, dtype and sharding of every array.
+          stream: what the run reads, if rows are streamed; it moves to its place.
 
         Raises:
-          UserError: if `stream` was saved by another number of hosts.
+          UserError: no checkpoint can be read, or `stream` was saved by another number of hosts.
         """
+        folder, steps = self._manager.directory, sorted(self._manager.all_steps(), reverse=True)
+        restore = functools.partial(self._restore, abstract, stream)
+        step, (state, position) = _newest_readable(folder, [step for step in steps if step <= newest], restore)
+        if jax.process_index() == 0:
+            for damaged in (folder / str(later) for later in steps if later > step):
+                damaged.rename(free_path(damaged.with_name(f"{damaged.name}.damaged")))
+        self._manager.reload()
+        return step, state, position
+
+    def _restore(
+        self, abstract: State, stream: grain.DatasetIterator | None, step: int
+    ) -> tuple[State, dict[str, Any]]:
         items = ocp.args.Composite(position=ocp.args.JsonRestore())
         position = self._manager.restore(step, args=items).position
         restore = {"state": ocp.args.StandardRestore(abstract)}
@@ -100,34 +133,40 @@ class Checkpoints:
 
 
 def latest_step(workdir: epath.Path) -> int | None:
-    """Step of the newest complete checkpoint of a run; nothing is created."""
-    folder = workdir.resolve() / FOLDER
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.exists() else None
+    """Step of the newest complete checkpoint of a run, readable or not; nothing is created."""
+    return next(iter(_newest_first(workdir)), None)
 
 
 def restore_params(
-    config: Config, workdir: epath.Path, weights: Literal["ema", "raw"], shardings: Any = None
+    config: Config,
+    workdir: epath.Path,
+    weights: Literal["ema", "raw"],
+    shardings: Any = None,
+    step: int | None = None,
 ) -> tuple[dict[str, Any], int]:
-    """The averaged or the raw parameters of a run's newest checkpoint, and its step; nothing else is read.
+    """The averaged or the raw parameters of a checkpoint of a run, and its step; nothing else is read.
 
     Args:
       config: what the parameters are wanted for.
       workdir: the run.
       weights: which.
       shardings: of every parameter, or one for all; None is the first device.
+      step: that checkpoint and no other; None: the newest that can be read.
 
     Raises:
-      UserError: if there is no checkpoint, or it is one of another architecture.
+      UserError: if there is no checkpoint, or none that can be read, or it is one of another architecture.
     """
-    step = require_checkpoint(workdir)
+    require_checkpoint(workdir)
     run_folder.check_architecture(config, workdir)
     field = "ema" if weights == "ema" else "params"
-    return _read(workdir, step, {field: shardings})[field], step
+    steps = _newest_first(workdir) if step is None else [step]
+    found, state = _newest_readable(workdir / FOLDER, steps, lambda step: _read(workdir, step, {field: shardings}))
+    return state[field], found
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run's newest checkpoint says beside its `config.json`.
+    """What a run's newest readable checkpoint says beside its `config.json`.
 
     Attributes:
       step: updates done.
@@ -143,8 +182,13 @@ class Summary:
 
 
 def summarize(workdir: epath.Path) -> Summary:
-    """Reads no parameter. Raises UserError if there is no checkpoint."""
-    step = require_checkpoint(workdir)
+    """Reads no parameter. Raises UserError if there is no checkpoint, or none that can be read."""
+    require_checkpoint(workdir)
+    _, summary = _newest_readable(workdir / FOLDER, _newest_first(workdir), lambda step: _summarize(workdir, step))
+    return summary
+
+
+def _summarize(workdir: epath.Path, step: int) -> Summary:
     with _open(workdir) as manager:
         vocab_size = manager.item_metadata(step)["state"].tree["ema"]["embedding"].shape[0]
     interval = _read(workdir, step, {"low": None, "high": None})
@@ -166,6 +210,34 @@ def require_checkpoint(workdir: epath.Path) -> int:
     if step is None:
         raise UserError(f"{workdir} has no checkpoint; train one: bd3 train --config=... --workdir={workdir}")
     return step
+
+
+def _newest_first(workdir: epath.Path) -> list[int]:
+    folder = workdir.resolve() / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.exists() else []
+
+
+def _newest_readable(folder: epath.Path, newest_first: Sequence[int], read: Callable[[int], T]) -> tuple[int, T]:
+    """The first step that `read` can read, and what it returns; a warning for those before.
+
+    Where several hosts read, what is damaged must be so for all of them, as on a shared file system.
+
+    Raises:
+      UserError: none can be read, or `read` raised one.
+    """
+    failures: list[str] = []
+    for step in newest_first:
+        try:
+            found = step, read(step)
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last from a device's lack of memory
+            raise
+        except Exception as error:  # Orbax and TensorStore raise nearly everything for a damaged file
+            failures.append(f"{step} ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+            continue
+        for failure in failures:
+            print(f"warning: {folder}: passed over the damaged checkpoint {failure}; used {step}", file=sys.stderr)
+        return found
+    raise UserError(f"{folder}: no checkpoint can be read, of {'; '.join(failures)}; put a good copy there")
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints import tensor_files
 from bd3_jax.checkpoints.pytorch import INTERVAL, INVERSE_FREQUENCIES, PREFIX, Stored, to_tensors
-from bd3_jax.config import Config, NoiseConfig, from_config_dict
+from bd3_jax.config import Config, NoiseConfig, can_clip, from_config_dict
 from bd3_jax.errors import UserError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -90,9 +90,9 @@ class Architecture:
             length=self.length, width=self.width, num_layers=self.num_layers, num_heads=self.num_heads,
             cond_dim=self.cond_dim, dropout=self.dropout,
         )  # fmt: skip
-        fits = any(self.low <= k / self.block_size <= self.high for k in range(self.block_size + 1))
+        resample = self.searched and can_clip(self.block_size, self.low, self.high)
         config.noise = dataclasses.asdict(
-            NoiseConfig(self.schedule, self.low, self.high, self.searched and fits, self.ignore_bos)  # type: ignore[arg-type]
+            NoiseConfig(self.schedule, self.low, self.high, resample, self.ignore_bos)  # type: ignore[arg-type]
         )
         config.data.update(corpus="openwebtext", directory="data/openwebtext")
         config.data.tokenizer = TOKENIZERS.get(self.vocab_size, config.data.tokenizer)

@@ -18,7 +18,7 @@ FILE_NAME = "config.json"
 _FREE = (
     "training.num_steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
     "training.keep_checkpoints", "eval", "sampling", "mesh", "data.source", "data.directory",
-    "model.attention", "model.attention_chunk", "model.scan_unroll",
+    "model.attention", "model.attention_chunk", "model.scan_unroll", "model.remat", "model.max_logits",
 )  # fmt: skip
 # Settings that have to fit the parameters.
 _ARCHITECTURE = (
@@ -81,9 +81,12 @@ def _compare(config: Config, workdir: epath.Path, names: Iterable[str], advice: 
 def _settings(path: epath.Path) -> dict[str, Any]:
     """Dotted name -> value."""
     try:
-        return dict(_flatten(json.loads(path.read_text())))
-    except (OSError, ValueError, AttributeError) as error:
+        settings = dict(_flatten(json.loads(path.read_text())))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from error
+    if "objective" not in settings:
+        raise UserError(f"{path} does not hold the settings of a run, so its folder is none; choose another --workdir")
+    return settings
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -93,7 +93,7 @@ def _open_run(name: str, workdir: epath.Path, weights: Weights) -> Source:
     architecture = Architecture.of(config, summary.vocab_size, summary.low, summary.high)
 
     def load(abstract_params: Any, shardings: Any) -> Any:
-        return orbax.restore_params(config, workdir, weights, shardings)[0]
+        return orbax.restore_params(config, workdir, weights, shardings, summary.step)[0]
 
     tokenizer = workdir / "tokenizer" if (workdir / "tokenizer").exists() else None
     return Source(name, architecture, config, load, tokenizer, run=workdir, step=summary.step)

@@ -13,8 +13,9 @@ from etils import epath
 from bd3_jax.data import detokenizers
 from bd3_jax.data.detokenizers import Detokenizer
 from bd3_jax.data.readers import Malformed, count_documents, read_documents
-from bd3_jax.data.sources import Folder, Hub, Source, Url, Wheel, require_reachable
+from bd3_jax.data.sources import Folder, Hub, Source, Url, Wheel
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 VALIDATION_FRACTION = 0.05
 # Small files are read in shards of at most so many bytes; a larger file is a shard of its own.
@@ -54,7 +55,7 @@ class Corpus:
 
     def shards(self, source: str, scratch: epath.Path) -> list[Shard]:
         """The corpus' files in shards, in a fixed order; `source` is the setting `data.source`, often empty."""
-        require_reachable(source, "data.source")
+        reachable(source, "data.source")
         shards: list[Shard] = []
         for split, path in self.source.locate(source, scratch):
             size = path.stat().length

@@ -122,13 +122,20 @@ class Manifest:
             f"  {name}: {n.documents:,} documents, {n.tokens:,} tokens, {n.rows:,} rows; {n.dropped:,} tokens dropped"
             for name, n in self.splits.items()
         ]
+        lines += [
+            f"  warning: split {name!r} has no rows, so training, which validates on eval.split, needs another, or more"
+            " documents, or files in subfolders train and validation"
+            for name, n in self.splits.items()
+            if n.rows == 0
+        ]
         if self.malformed:
             lines.append(f"  {self.malformed:,} malformed records left out, the first: {self.first_malformed}")
         return "\n".join(lines)
 
 
 def is_prepared(directory: epath.Path) -> bool:
-    return (directory / FILE_NAME).exists()
+    """Whether rows lie there. The folder of a run has a copy of their manifest, without `lengths.json`."""
+    return (directory / FILE_NAME).exists() and (directory / LENGTHS).exists()
 
 
 def load_manifest(directory: epath.Path) -> Manifest:

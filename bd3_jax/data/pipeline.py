@@ -18,10 +18,10 @@ from jaxtyping import Bool, Int32
 
 from bd3_jax.config import DataConfig
 from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
-from bd3_jax.data.sources import require_reachable
 from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 # Batches that are read ahead, and threads that read them: enough to hide a slow file system.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -50,10 +50,22 @@ class Dataset:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> Int32[np.ndarray, "b L"]:
-        """The rows at `indices`, each in [0, len(self))."""
+        """The rows at `indices`, each in [0, len(self)).
+
+        ArrayRecord opens its files by itself, from local paths and gs:// only, and compares its checksums.
+
+        Raises:
+          UserError: they cannot be read.
+        """
         rows = np.zeros((len(indices), self.manifest.settings.length), np.int32)
-        for place, row in enumerate(self.rows.__getitems__(list(indices))):
-            rows[place] = row["tokens"]
+        try:
+            for place, row in enumerate(self.rows.__getitems__(list(indices))):
+                rows[place] = row["tokens"]
+        except Exception as error:  # RuntimeError for most things
+            raise UserError(
+                f"data.directory is {self.place!r}, whose rows cannot be read ({' '.join(str(error).split())[:300]}); "
+                "allowed: an undamaged folder of bd3 prepare, local, or in gs:// with permission to read it"
+            ) from None
         return rows
 
 
@@ -68,8 +80,7 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
     Raises:
       UserError: nothing is prepared there, or with other settings, or the split is unknown or has no rows.
     """
-    require_reachable(data.directory, "data.directory")
-    directory = epath.Path(data.directory)
+    directory = reachable(data.directory, "data.directory")
     if not is_prepared(directory):
         raise UserError(
             f"data.directory is {data.directory!r}, where nothing is prepared; run: bd3 prepare --config=..."
@@ -84,7 +95,9 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
         raise UserError(f"split {split!r} of {directory} has {counts.tokens} tokens, too few for a row of {length}")
     dataset = open_rows(directory, manifest, split)
     if "://" in data.directory:
-        _require_bucket(dataset)
+        # One row, to know now whether it may be read. Each is an HTTP request; where that is too slow for a training,
+        # copy the folder to every host (`gcloud storage rsync -r`) or mount it.
+        dataset.read([0])
     return dataset
 
 
@@ -101,7 +114,7 @@ def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
         builder = tfds.builder_from_directory(directory)
         info = builder.info.splits[split]
         size = sum(path.stat().length for path in info.filepaths)
-    except (OSError, ValueError, KeyError, tfds.core.DatasetNotFoundError) as error:
+    except Exception as error:  # TFDS and protobuf have no base class in common
         raise UserError(f"{directory} is damaged ({' '.join(str(error).split())}); prepare the corpus anew") from None
     if size != info.num_bytes:
         raise UserError(
@@ -109,20 +122,6 @@ def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
             "written; prepare the corpus anew"
         )
     return Dataset(directory, split, manifest, tokenizer, builder.as_data_source(split))
-
-
-def _require_bucket(dataset: Dataset) -> None:
-    """ArrayRecord opens its files by itself, from local paths and gs:// only, with an HTTP request for every row.
-
-    Where that is too slow for a training, copy the folder to every host (`gcloud storage rsync -r`) or mount it.
-    """
-    try:
-        dataset.read([0])
-    except Exception as error:  # RuntimeError for most things
-        raise UserError(
-            f"data.directory is {str(dataset.directory)!r}, whose rows cannot be read "
-            f"({' '.join(str(error).split())}); allowed: gs:// with permission to read it, or a local copy"
-        ) from None
 
 
 def train_batches(

@@ -19,6 +19,7 @@ bytes.
 
 import dataclasses
 import json
+import os
 import tempfile
 from functools import partial, reduce
 from typing import Any
@@ -43,7 +44,7 @@ from bd3_jax.data.tasks import Execute, MalformedCount, Report, Task, documents_
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import TRAINED, Tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
-from bd3_jax.folders import alone, require_writable
+from bd3_jax.folders import alone, real_path, require_writable
 
 
 def prepare(
@@ -72,6 +73,8 @@ def prepare(
             f"data.directory is {data.directory!r}; allowed: a local folder, which can be copied there when it is done"
         )
     directory = epath.Path(data.directory)
+    if os.path.islink(directory):
+        directory = real_path(directory)  # nothing need be there yet
     if is_prepared(directory):
         manifest = load_manifest(directory)
         manifest.settings.require(settings, directory, "choose another data.directory, or delete this one")

@@ -19,6 +19,7 @@ import huggingface_hub
 from etils import epath
 
 from bd3_jax.errors import UserError
+from bd3_jax.folders import real_path
 
 File = tuple[str | None, epath.Path]
 SPLITS = ("train", "validation", "test")
@@ -46,6 +47,8 @@ class Folder:
         files = [(_split(path, root), path) for path in _walk(root) if path.name.endswith(self.endings)]
         if not files:
             raise UserError(f"data.source is {source!r}, which holds none of its kind of files; {allowed}")
+        if strange := [path for _, path in files if path.exists() and not path.is_file()]:
+            raise UserError(f"data.source is {source!r}, but {strange[0]} is no file, as a pipe is none")
         if len({split is None for split, _ in files}) > 1:
             stray = next(path for split, path in files if split is None)
             raise UserError(f"data.source is {source!r}, which has split folders, but {stray} lies outside them")
@@ -157,21 +160,19 @@ class Wheel:
         return target
 
 
-def require_reachable(path: str, setting: str) -> None:
-    """Raises UserError where `path` lies in a bucket that cannot be reached, as without its library or permission."""
-    if "://" in path:
-        try:
-            epath.Path(path).exists()
-        except Exception as error:  # each library has its own
-            raise UserError(f"{setting} is {path!r}, which cannot be reached: {_short(error)}") from None
+def _walk(root: epath.Path, within: tuple[epath.Path, ...] = ()) -> list[epath.Path]:
+    """Files under `root`, sorted by path; hidden ones are left out. `within`: the folders on the way to it.
 
-
-def _walk(root: epath.Path) -> list[epath.Path]:
-    """Files under `root`, sorted by path; hidden ones are left out."""
+    Raises:
+      UserError: a symbolic link leads back to one of those.
+    """
     if not root.is_dir():
         return [root]
+    folder = real_path(root)
+    if folder in within:
+        raise UserError(f"data.source: {root} is a symbolic link to {folder}, in which it lies; take it away")
     children = sorted((p for p in root.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-    return [file for child in children for file in _walk(child)]
+    return [file for child in children for file in _walk(child, (*within, folder))]
 
 
 def _split(path: epath.Path, root: epath.Path) -> str | None:

@@ -26,7 +26,8 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bd3_jax.errors import UserError
+from bd3_jax.errors import UserError, require_text
+from bd3_jax.folders import reachable
 from bd3_jax.special_ids import SpecialIds
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,12 +65,17 @@ class Tokenizer:
         self._refuse_special_ids_from_text(origin)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` without BOS or EOS."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids of `text` without BOS or EOS. Raises UserError where UTF-8 cannot encode it."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, in all cores."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:  # that says no more than that some text has the wrong type
+            for text in texts:
+                require_text(text, "a text to be tokenised")
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -99,7 +105,7 @@ def load_tokenizer(directory_or_name: epath.PathLike) -> Tokenizer:
     """
     if directory_or_name in _NAMED:
         return _NAMED[str(directory_or_name)]()
-    path = epath.Path(directory_or_name)
+    path = reachable(directory_or_name, "data.tokenizer")
     if path.is_dir():
         path = path / FILE_NAME
     if not path.exists():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bd3_jax.diffusion.schedules import EPS
+from bd3_jax.config import lies_within
 
 
 def draw_times(
@@ -49,9 +49,7 @@ def draw_clipped_mask(
     count = jnp.arange(block_size + 1)
     log_choose = np.array([math.log(math.comb(block_size, k)) for k in range(block_size + 1)], np.float32)
     log_pmf = log_choose + _xlogy(count, chance) + _xlogy(block_size - count, 1 - chance)
-    fraction = count / block_size
-    slack = 1e-6  # the bounds are inclusive, and k / B rounds in float32
-    fits = ((fraction >= low - slack) | (low <= EPS)) & ((fraction <= high + slack) | (high >= 1))
+    fits = lies_within(count / block_size, low, high)
     masked = jax.random.categorical(key_count, jnp.where(fits, log_pmf, -jnp.inf), mode="high")
     return draw_subset(key_subset, masked, block_size)
 

@@ -6,19 +6,16 @@ and divide by how many were counted.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import NoiseConfig, ScheduleName
-from bd3_jax.diffusion import corruption, objectives
+from bd3_jax.diffusion import corruption, objectives, output_loss
+from bd3_jax.diffusion.output_loss import Chunks, Output
 from bd3_jax.diffusion.schedules import EPS, get_schedule
-
-MAX_LOGITS = 2**26
-"""Logits that a device holds at once (256 MiB); beyond it they are computed in chunks of positions, and again in the
-backward pass."""
 
 
 @jax.tree_util.register_dataclass
@@ -98,54 +95,28 @@ def _draw(
 def token_losses(
     objective: str,
     hidden: Float[Array, "b L d"],
-    unembed: Callable[[Array], Float[Array, "*n V"]],
+    output: Output,
     x0: Int[Array, "b L"],
     draw: Draw | None,
     mask_id: int,
-    vocab_size: int,
-    batch_shards: int = 1,
-) -> Float[Array, "b L"]:
-    """Loss of every token of x0, nats. For AR (no draw) position 0, which nothing predicts, has 0.
+    chunks: Chunks,
+) -> tuple[Float[Array, ""], Float[Array, "b L"]]:
+    """The summed loss of x0, through which gradients flow, and that of every token, nats.
 
-    `batch_shards`: into how many parts the batch is split over devices; it bounds memory and changes no number.
+    For AR (no draw) position 0, which nothing predicts, has 0.
     """
-    max_chunk = max(1, MAX_LOGITS // (-(-x0.shape[0] // batch_shards) * vocab_size))
     if objective == "ar":
-        targets = jnp.roll(x0, -1, axis=1)  # the last has no target and is dropped below
-        losses = _in_chunks(
-            lambda h, target: objectives.ar_loss(unembed(h), target, mask_id), max_chunk, hidden, targets
-        )
-        return jnp.pad(losses[:, :-1], ((0, 0), (1, 0)))
+        targets = jnp.roll(x0, -1, axis=1)  # the last position has no target
+        counted = jnp.broadcast_to(jnp.arange(x0.shape[1]) < x0.shape[1] - 1, x0.shape)
+        loss = functools.partial(objectives.ar_loss, mask_id=mask_id)
+        total, losses = output_loss.summed(loss, chunks, hidden, output, (targets,), counted)
+        return total, jnp.roll(losses, 1, axis=1)
     if draw is None:
         raise ValueError(f"objective {objective} needs a draw")
+    masked = draw.xt == mask_id
     if objective == "sedd":
         sigma = jnp.repeat(draw.sigma, x0.shape[1] // draw.sigma.shape[1], axis=1)
-        return _in_chunks(
-            lambda h, x0, xt, sigma, weight: objectives.sedd_loss(unembed(h), x0, xt, sigma, weight, mask_id),
-            max_chunk, hidden, x0, draw.xt, sigma, draw.weight,
-        )  # fmt: skip
-    return _in_chunks(
-        lambda h, x0, xt, weight: objectives.subs_loss(unembed(h), x0, xt, weight, mask_id),
-        max_chunk, hidden, x0, draw.xt, draw.weight,
-    )  # fmt: skip
-
-
-def _in_chunks(loss: Callable[..., Float[Array, "b C"]], max_chunk: int, *args: Array) -> Float[Array, "b L"]:
-    """loss(*args) along the length, at most `max_chunk` positions at a time, in chunks of one size.
-
-    Chunks cut the length, not the batch: the batch stays split over devices.
-    """
-    batch, length = args[0].shape[:2]
-    count = -(-length // max_chunk)
-    if count == 1:
-        return loss(*args)
-    chunk = -(-length // count)
-    surplus = count * chunk - length
-
-    def split(x: Array) -> Array:
-        # Padded with the last position and not with 0, where a loss may be infinite and its gradient NaN.
-        x = jnp.pad(x, [(0, 0), (0, surplus)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
-
-    losses = jax.lax.map(lambda chunk_args: jax.checkpoint(loss)(*chunk_args), tuple(split(x) for x in args))
-    return jnp.moveaxis(losses, 0, 1).reshape(batch, count * chunk)[:, :length]
+        loss = functools.partial(objectives.sedd_loss, mask_id=mask_id)
+        return output_loss.summed(loss, chunks, hidden, output, (x0, draw.xt, sigma, draw.weight), masked)
+    loss = functools.partial(objectives.subs_loss, mask_id=mask_id)
+    return output_loss.summed(loss, chunks, hidden, output, (x0, draw.xt, draw.weight), masked)

@@ -20,16 +20,21 @@ def log_probs_without_mask(logits: Float[Array, "*n V"], mask_id: int) -> Float[
 
     It is log p(x_{i+1} | x_{<=i}) of AR, and log p(x0 | x_t) of SUBS at masked positions.
     """
-    return jax.nn.log_softmax(logits.at[..., mask_id].set(-jnp.inf), axis=-1)
+    return jax.nn.log_softmax(_without_mask(logits, mask_id), axis=-1)
+
+
+def _without_mask(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n V"]:
+    return jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits)
 
 
 def _pick(values: Float[Array, "*n V"], ids: Int[Array, "*n"]) -> Float[Array, "*n"]:
-    return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
+    """values[id], as a sum over V: so its gradient is part of one pass over V and no scatter."""
+    return jnp.where(jnp.arange(values.shape[-1]) == ids[..., None], values, 0).sum(-1)
 
 
 def ar_loss(logits: Float[Array, "*n V"], targets: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n"]:
     """-log p(target)."""
-    return -_pick(log_probs_without_mask(logits, mask_id), targets)
+    return jax.nn.logsumexp(_without_mask(logits, mask_id), axis=-1) - _pick(logits, targets)
 
 
 def subs_log_probs(logits: Float[Array, "*n V"], xt: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n V"]:
@@ -43,8 +48,7 @@ def subs_loss(
     logits: Float[Array, "*n V"], x0: Int[Array, "*n"], xt: Int[Array, "*n"], weight: Float[Array, "*n"], mask_id: int
 ) -> Float[Array, "*n"]:
     """weight * -log p(x0) at masked positions, 0 at the others (Block Diffusion, eq. 8; MDLM, eq. 10)."""
-    nll = -_pick(log_probs_without_mask(logits, mask_id), x0)
-    return jnp.where(xt == mask_id, weight * nll, 0.0)
+    return jnp.where(xt == mask_id, weight * ar_loss(logits, x0, mask_id), 0.0)
 
 
 def sedd_log_score(

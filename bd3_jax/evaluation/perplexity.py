@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class Result:
       standard_error: of `nll`, from the spread over sequences; it holds the noise of the estimator too.
       tokens: how many were counted.
       sequences: rows of L tokens they came from.
+      nonfinite: how many of them have a loss that is not finite; the figures are not either, if any has.
       estimator: 'exact' for AR and for BD3-LM at B = 1; else the estimator of the NELBO, an upper bound of the NLL.
       split: of the prepared data.
       insert_special: whether rows begin with BOS and end with EOS.
@@ -47,6 +49,7 @@ class Result:
     standard_error: float
     tokens: int
     sequences: int
+    nonfinite: int
     estimator: str
     split: str
     insert_special: bool
@@ -73,6 +76,7 @@ class Result:
             standard_error=error,
             tokens=int(counts.sum()),
             sequences=len(losses),
+            nonfinite=int((~np.isfinite(losses)).sum()),
             estimator="exact" if lm.is_exact else estimator,
             split=split,
             insert_special=insert_special,
@@ -86,8 +90,9 @@ class Result:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
-        return float(np.exp(self.nll))
+        """exp(nll); infinite where no float holds it."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll))
 
     @property
     def perplexity_standard_error(self) -> float:
@@ -123,7 +128,8 @@ def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[
     """Ratio estimate sum(losses) / sum(counts) over n sequences, and its standard error (nan for one sequence)."""
     n, total = len(losses), counts.sum()
     mean = losses.sum() / total
-    residuals = losses - mean * counts
+    with np.errstate(invalid="ignore"):  # infinite losses
+        residuals = losses - mean * counts
     error = math.sqrt(n / (n - 1) * (residuals**2).sum()) / total if n > 1 else math.nan
     return float(mean), float(error)
 
@@ -186,7 +192,7 @@ def sequence_losses(
 
     Batch i draws its noise from fold_in(config.seed, i). `batches` gives rows, and which of them are no mere padding.
     """
-    sum_losses = _compiled(lm, config.estimator, sharding)
+    sum_losses = likelihood_program(lm, config.estimator, sharding)
     key = jax.random.key(config.seed)
     sums = []
     for index, (rows, is_real) in enumerate(batches):
@@ -196,9 +202,9 @@ def sequence_losses(
 
 
 @functools.cache
-def _compiled(
+def likelihood_program(
     lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None
-) -> Callable[[Params, Int[Array, "b L"], PRNGKeyArray], Float[Array, "b"]]:
+) -> jax.stages.Wrapped:
     """Summed losses of the counted tokens of every row, nats; on every host, where a mesh spans several."""
 
     def sum_losses(params: Params, rows: Int[Array, "b L"], key: PRNGKeyArray) -> Float[Array, "b"]:
@@ -234,6 +240,8 @@ def evaluate(config: Config, workdir: epath.Path) -> dict[str, Any]:
     record = {"step": step, **result.record()}
     if first:
         print(f"{'checkpoint':<15} step {step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
+        if result.nonfinite:
+            print(f"warning: the loss of {result.nonfinite} of {result.sequences} rows is not finite", file=sys.stderr)
         if not lm.is_exact:
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
         append_metrics(workdir, record)

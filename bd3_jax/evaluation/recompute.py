@@ -105,7 +105,7 @@ def _likelihood_pass(
         output = objectives.sedd_log_score(logits, draw.xt, sigma, mask)
     else:
         output = objectives.subs_log_probs(logits, draw.xt, mask)
-    return logits, output, lm.token_losses(params, x0, draw)
+    return logits, output, lm.token_losses(params, x0, draw)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)

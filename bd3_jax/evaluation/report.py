@@ -48,6 +48,8 @@ def write_report(workdir: epath.Path) -> epath.Path:
         raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
     config = settings.from_config_dict(recorded.get_config(str(workdir)))
     samples = read_records(workdir / "samples.jsonl")
+    if not all(isinstance(sample.get("text"), str) for sample in samples):
+        raise UserError(f"{workdir / 'samples.jsonl'} has a record without text, so bd3 sample did not write it")
     page = _page(workdir.resolve().name, config, metrics, samples)
     path = workdir / "report.html"
     path.write_text(page)
@@ -103,7 +105,7 @@ def _last_values(metrics: list[dict[str, Any]]) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    facts = {key: sample[key] for key in ("nfe", "length", "entropy") if key in sample}
+    facts = {key: sample[key] for key in ("nfe", "length", "entropy") if type(sample.get(key)) in (int, float)}
     footer = ", ".join(f"{key} {value:.4g}" for key, value in facts.items())
     return f"<blockquote>{html.escape(sample['text'])}<footer>{footer}</footer></blockquote>"
 

@@ -13,7 +13,6 @@ Operands are `[b, h, L, head_dim]`: on CPU the products run 2 to 4 times faster 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import jax
@@ -21,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from bd3_jax.models import chunked, splash
+
 Heads = Float[Array, "b h L k"]
-Streams = Float[Array, "s b h L k"]
+Streams = Float[Array, "b h s L k"]
 
 
 def block_causal_mask(length: int, block_size: int) -> Bool[np.ndarray, "L L"]:
@@ -109,63 +110,55 @@ class Dense:
         return softmax_attention(q, k, v, block_causal_mask(q.shape[2], block_size))
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        length = q.shape[3]
-        mask = block_diffusion_mask(length, block_size)[: q.shape[0] * length]
-        out = softmax_attention(_join(q), _join(k), _join(v), mask)
-        return jnp.stack(jnp.split(out, q.shape[0], axis=2))
+        mask = block_diffusion_mask(q.shape[3], block_size)[: q.shape[2] * q.shape[3]]
+        return softmax_attention(_joined(q), _joined(k), _joined(v), mask).reshape(q.shape)
 
 
-def _join(streams: Streams) -> Heads:
-    return jnp.concatenate(list(streams), axis=2)
+def _joined(streams: Streams) -> Heads:
+    """One sequence, [xt ; x0]."""
+    return streams.reshape(*streams.shape[:2], -1, streams.shape[-1])
 
 
 class Decomposed:
-    """Never builds `[2L, 2L]`: queries go in chunks, each over the keys that its blocks can see and no others.
-
-    The clean stream is block-causal over itself. A noised query needs one softmax over its own noised block and the
-    clean prefix before it; the two groups of keys are laid side by side, so no partial softmaxes need merging.
-    """
+    """Chunks of queries, each over the keys that its blocks can see: `chunked.attend`."""
 
     def __init__(self, chunk: int):
         self.chunk = chunk
 
     def block_causal(self, q: Heads, k: Heads, v: Heads, block_size: int) -> Heads:
-        block = np.arange(q.shape[2]) // block_size
-
-        def chunk(start: int, stop: int) -> Heads:
-            first, last = block[start], block[stop - 1]
-            end = (last + 1) * block_size
-            mask = None if first == last else block[start:stop, None] >= block[None, :end]
-            return softmax_attention(q[:, :, start:stop], k[:, :, :end], v[:, :, :end], mask)
-
-        return self._over_chunks(chunk, q.shape[2])
+        return chunked.attend(q, chunked.KV(k, v), None, block_size, self.chunk)
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        length = q.shape[3]
-        block = np.arange(length) // block_size
+        noised, clean = (chunked.KV(k[:, :, stream], v[:, :, stream]) for stream in range(2))
+        streams = [chunked.attend(q[:, :, 0], clean, noised, block_size, self.chunk)]
+        if q.shape[2] > 1:
+            streams.append(chunked.attend(q[:, :, 1], clean, None, block_size, self.chunk))
+        return jnp.stack(streams, axis=2)
 
-        def chunk(start: int, stop: int) -> Heads:
-            first, last = block[start], block[stop - 1]
-            own, prefix = slice(first * block_size, (last + 1) * block_size), slice(0, last * block_size)
-            keys = jnp.concatenate([k[0, :, :, own], k[1, :, :, prefix]], axis=2)
-            values = jnp.concatenate([v[0, :, :, own], v[1, :, :, prefix]], axis=2)
-            mask = None
-            if first != last:
-                query = block[start:stop, None]
-                mask = np.concatenate([query == block[own], query > block[prefix]], axis=1)
-            return softmax_attention(q[0, :, :, start:stop], keys, values, mask)
 
-        noised = self._over_chunks(chunk, length)
-        if q.shape[0] == 1:
-            return noised[None]
-        return jnp.stack([noised, self.block_causal(q[1], k[1], v[1], block_size)])
+class Splash:
+    """On TPU, for lengths that are multiples of 128; `interpret` runs it elsewhere, slowly."""
 
-    def _over_chunks(self, chunk: Callable[[int, int], Heads], length: int) -> Heads:
-        starts = range(0, length, self.chunk)
-        return jnp.concatenate([chunk(start, min(start + self.chunk, length)) for start in starts], axis=2)
+    def __init__(self, tile: int, interpret: bool = False):
+        self.tile, self.interpret = tile, interpret
+
+    def block_causal(self, q: Heads, k: Heads, v: Heads, block_size: int) -> Heads:
+        return splash.attend(q, k, v, splash.block_causal(block_size), self.tile, self.interpret)
+
+    def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
+        visible = splash.block_diffusion(q.shape[3], block_size)
+        return splash.attend(_joined(q), _joined(k), _joined(v), visible, self.tile, self.interpret).reshape(q.shape)
 
 
 @functools.cache
-def get_backend(name: Literal["auto", "dense", "decomposed"], chunk: int) -> Backend:
-    """The one place where the backend is chosen. 'auto' is decomposed on every platform."""
-    return Dense() if name == "dense" else Decomposed(chunk)
+def get_backend(name: Literal["auto", "dense", "decomposed", "splash"], chunk: int, length: int) -> Backend:
+    """The one place where the backend is chosen: 'auto' is splash on TPU where the length permits, else decomposed.
+
+    `chunk`: queries at a time; 0: 64 on CPU, 256 elsewhere, tiles of 512 for splash.
+    """
+    platform = jax.default_backend()
+    if name == "auto":
+        name = "splash" if platform == "tpu" and length % splash.LANES == 0 else "decomposed"
+    if name == "splash":
+        return Splash(chunk or 512)
+    return Dense() if name == "dense" else Decomposed(chunk or (64 if platform == "cpu" else 256))

@@ -7,6 +7,7 @@ Outside this package only `Network` is seen: parameters are a nested dict, `appl
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bd3_jax.config import ModelConfig
 from bd3_jax.models import attention
 from bd3_jax.models.kv_cache import KVBlock, KVCache
+from bd3_jax.models.layer import REMAT_SAVED, Entry, Exit, Layer, normalise
 
 Params = dict[str, Any]
 TIME_FEATURES = 256
@@ -33,37 +35,11 @@ def _constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-def _layer_norm(x: Array, scale: nnx.Param) -> Array:
-    """Scale only, eps 1e-5, in float32; the result has the dtype of x."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
-    return (y * scale[...]).astype(x.dtype)
-
-
-def _modulate(x: Array, shift: Array, scale: Array) -> Array:
-    return x * (1 + scale) + shift
-
-
-def _dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
 def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Array, Array]:
     """Cosine and sine `[*b, L, k/2]` of position * 10000^(-2i / head_dim)."""
     frequencies = (10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: Float[Array, "... L k"], cos: Array, sin: Array) -> Array:
-    """Rotates pairs (i, i + k/2) of each head by its angles, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -112,43 +88,23 @@ class Block(nnx.Module):
             Linear(model.cond_dim, (6, width), ("cond", None, "embed"), rngs=rngs, zero=True) if adaln else None
         )
 
-    def modulations(self, cond: Float[Array, "b c"] | None, dtype: jnp.dtype) -> tuple[Array, ...]:
-        """Shift, scale, gate for attention, then for the MLP, each `[b, 1, d]` (b = 1: the same for all sequences)."""
-        if self.modulation is None or cond is None:
-            zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
-            return zero, zero, one, zero, zero, one
-        return tuple(jnp.moveaxis(self.modulation(cond).astype(dtype), 1, 0)[:, :, None, :])
-
-    def heads(self, x: Float[Array, "*s L d"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """x -> q, k (rotated) and v, each `[*s, h, L, k]`."""
-        q, k, v = jnp.einsum("...ld,dthk->t...hlk", x, self.qkv[...].astype(x.dtype))
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
-
-    def join(self, x: Float[Array, "*s h L k"]) -> Float[Array, "*s L d"]:
-        return jnp.einsum("...hlk,hkd->...ld", x, self.attention_out[...].astype(x.dtype))
-
-    def mlp(self, x: Array) -> Array:
-        return self.mlp_out(jax.nn.gelu(self.mlp_in(x), approximate=True))
-
-    def __call__(
-        self,
-        x: Float[Array, "s b L d"],
-        rotary: tuple[Array, Array],
-        attend: Any,
-        cond: Array | None,
-        key: PRNGKeyArray | None,
-        streams: int,
-    ) -> tuple[Float[Array, "s b L d"], tuple[Array, Array]]:
-        """One layer; `attend(q, k, v)` is the pattern. Only the first `streams` of x go on: all the last layer needs
-        of the clean half is its keys and values. Returns those too.
-        """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(cond, x.dtype)
-        key_a, key_m = (None, None) if key is None else jax.random.split(key)
-        q, k, v = self.heads(_modulate(_layer_norm(x, self.attention_norm), shift_a, scale_a), *rotary)
-        x = x[:streams]
-        x = x + gate_a * _dropout(self.join(attend(q[:streams], k, v)), self.dropout, key_a)
-        y = self.mlp(_modulate(_layer_norm(x, self.mlp_norm), shift_m, scale_m))
-        return x + gate_m * _dropout(y, self.dropout, key_m), (k, v)
+    def layer(self, cond: Float[Array, "b c"] | None, dtype: jnp.dtype) -> Layer:
+        """The weights as they compute; `cond`: of each sequence, or b = 1 for all of them, or None (no adaLN)."""
+        shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
+        enter_a = enter_m = None
+        if self.modulation is not None and cond is not None:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.moveaxis(self.modulation(cond), 1, 0)
+            enter_a, enter_m = (shift_a, scale_a), (shift_m, scale_m)
+        attention_norm, qkv = self.attention_norm[...], self.qkv[...]
+        q, k, v = (Entry.fold(qkv[:, i], None, attention_norm, enter_a, dtype) for i in range(3))
+        attention_out = self.attention_out[...].reshape(-1, self.attention_norm.shape[0])
+        return Layer(
+            q, k, v,
+            Exit.fold(attention_out, None, gate_a, dtype),
+            Entry.fold(self.mlp_in.kernel[...], self.mlp_in.bias[...], self.mlp_norm[...], enter_m, dtype),
+            Exit.fold(self.mlp_out.kernel[...], self.mlp_out.bias[...], gate_m, dtype),
+            self.dropout,
+        )  # fmt: skip
 
 
 class Transformer(nnx.Module):
@@ -170,17 +126,17 @@ class Transformer(nnx.Module):
         self.output = Linear(model.width, (vocab_size,), ("embed", "vocab"), rngs=rngs, zero=True)
 
     def finish(self, x: Float[Array, "b L d"], cond: Array | None) -> Float[Array, "b L d"]:
-        x = _layer_norm(x, self.final_norm)
-        if self.final_modulation is None or cond is None:
-            return x
-        shift, scale = jnp.moveaxis(self.final_modulation(cond).astype(x.dtype), 1, 0)[:, :, None, :]
-        return _modulate(x, shift, scale)
+        y = normalise(x) * self.final_norm[...]
+        if self.final_modulation is not None and cond is not None:
+            shift, scale = jnp.moveaxis(self.final_modulation(cond), 1, 0)[:, :, None, :]
+            y = y * (1 + scale) + shift
+        return y.astype(x.dtype)
 
 
 class Frozen(NamedTuple):
     """Parameters as `Network.decode` reads them: what is computed from them alone is there already.
 
-    layers: weights and adaLN's outputs, stacked on axis 0, or a tuple of those of each layer.
+    layers: `Layer`, stacked on axis 0, or a tuple with one of each layer.
     """
 
     params: Params
@@ -231,15 +187,15 @@ class Network:
     def _merge(self, params: Params) -> Transformer:
         return nnx.merge(self._abstract[0], params)
 
-    def _cond(self, transformer: Transformer, sigma: Array | None, dtype: jnp.dtype) -> Array | None:
-        """[b, c]; [1, c] where the network is not conditioned on time and is fed sigma = 0."""
+    def _cond(self, transformer: Transformer, sigma: Array | None) -> Float[Array, "b c"] | None:
+        """Float32; b = 1 where the network is not conditioned on time and is fed sigma = 0."""
         if transformer.time is None:
             return None
         if not self.time_conditioned:
             sigma = jnp.zeros((1,), jnp.float32)
         elif sigma is None:
             raise ValueError("a time-conditioned network needs sigma")
-        return transformer.time(sigma).astype(dtype)
+        return transformer.time(sigma)
 
     def apply(
         self,
@@ -266,36 +222,59 @@ class Network:
         if length % block_size:
             raise ValueError(f"the block size {block_size} must divide the length {length}")
         transformer, dtype, streams = self._merge(params), self.dtype, 1 if clean is None else 2
-        backend = attention.get_backend(self.model.attention, self.model.attention_chunk)
+        backend = attention.get_backend(self.model.attention, self.model.attention_chunk, length)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             if clean is None:
-                return backend.block_causal(q[0], k[0], v[0], block_size)[None]
+                return backend.block_causal(q[:, :, 0], k[:, :, 0], v[:, :, 0], block_size)[:, :, None]
             return backend.block_diffusion(q, k, v, block_size)
 
-        ids = tokens[None] if clean is None else jnp.stack([tokens, clean])
+        ids = tokens[:, None] if clean is None else jnp.stack([tokens, clean], axis=1)
         x = jnp.take(transformer.embedding[...], ids, axis=0).astype(dtype)
-        cond = self._cond(transformer, sigma, dtype)
+        cond = self._cond(transformer, sigma)
         rotary = rotary_angles(jnp.arange(length), self.model.width // self.model.num_heads)
-        graph, layers = nnx.split(transformer.blocks)
+        graph, blocks = nnx.split(transformer.blocks)
 
-        def layer(x: Array, index: Array, layer_params: Any, streams: int) -> Array:
+        def apply_block(x: Array, index: Array | int, block: Any, streams: int) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return nnx.merge(graph, layer_params)(x, rotary, attend, cond, key, streams)[0]
+            layer = nnx.merge(graph, block).layer(cond, dtype)
+            return layer(x, rotary, attend, key, streams)[0]
 
+        apply_block = self._rematerialised(apply_block)
         # The last layer stands outside the scan: of its clean half only keys and values are needed.
         last = self.model.num_layers - 1
-        x, _ = jax.lax.scan(
-            lambda x, xs: (layer(x, *xs, streams), None),
-            x,
-            (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], layers)),
-            unroll=self._unroll(last),
-        )
-        x = layer(x, jnp.asarray(last), jax.tree.map(lambda leaf: leaf[last], layers), 1)
-        return transformer.finish(x[0], cond)
+        if self._unroll >= last:
+            for index in range(last):
+                x = apply_block(x, index, jax.tree.map(lambda leaf, index=index: leaf[index], blocks), streams)
+        else:
+            x, _ = jax.lax.scan(
+                lambda x, xs: (apply_block(x, *xs, streams), None),
+                x,
+                (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], blocks)),
+                unroll=self._unroll,
+            )
+        x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), 1)
+        return transformer.finish(x[:, 0], cond)
 
-    def _unroll(self, layers: int) -> int:
-        return max(1, min(self.model.scan_unroll, layers))
+    def _rematerialised(self, block: Callable[..., Array]) -> Callable[..., Array]:
+        """What the backward pass of a block computes again; see `ModelConfig.remat`."""
+        if self.model.remat == "none":
+            return block
+        policies = jax.checkpoint_policies
+        keep = (
+            policies.save_only_these_names(*REMAT_SAVED) if self.model.remat == "block" else policies.nothing_saveable
+        )
+        return jax.checkpoint(block, policy=keep, static_argnums=3)
+
+    @property
+    def max_logits(self) -> int:
+        """How many a device holds at once in a loss: as many float32 as stay near a CPU's caches, or 256 MiB."""
+        return self.model.max_logits or (2**24 if jax.default_backend() == "cpu" else 2**26)
+
+    @property
+    def _unroll(self) -> int:
+        """Layers per iteration of the scan over layers; on CPU, whose loops are slow, all of them."""
+        return self.model.scan_unroll or (self.model.num_layers if jax.default_backend() == "cpu" else 1)
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens of clean context per sequence, a multiple of the block size."""
@@ -313,23 +292,22 @@ class Network:
     @property
     def _is_unrolled(self) -> bool:
         """Whether decoding goes through the layers without a scan."""
-        return self.model.scan_unroll >= self.model.num_layers
+        return self._unroll >= self.model.num_layers
 
     def freeze(self, params: Params) -> Frozen:
-        """What is the same at every call of `decode`, done once: adaLN's outputs, an array for each layer's weight.
+        """What is the same at every call of `decode`, done once: the layers' weights as they compute.
 
-        Where layers are scanned the weights stay stacked; where they are unrolled, a loop over calls would copy each
-        layer's part of the stack again and again.
+        Where layers are scanned they stay stacked; where they are unrolled each has its own arrays, since a loop over
+        calls would copy each layer's part of the stack again and again.
         """
         transformer = self._merge(params)
-        graph, layers = nnx.split(transformer.blocks)
-        cond = self._cond(transformer, None, self.dtype)
-        modulations = jax.vmap(lambda layer: jnp.stack(nnx.merge(graph, layer).modulations(cond, self.dtype)))(layers)
-        stacked = layers, modulations
-        if not self._is_unrolled:
-            return Frozen(params, stacked)
-        each = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.model.num_layers))
-        return Frozen(params, jax.lax.optimization_barrier(each))
+        graph, blocks = nnx.split(transformer.blocks)
+        cond = self._cond(transformer, None)
+        layers = jax.vmap(lambda block: nnx.merge(graph, block).layer(cond, self.dtype))(blocks)
+        if self._is_unrolled:
+            each = (jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(self.model.num_layers))
+            layers = jax.lax.optimization_barrier(tuple(each))
+        return Frozen(params, layers)
 
     def decode(
         self,
@@ -354,46 +332,43 @@ class Network:
             but their keys and values.
         """
         frozen = params if isinstance(params, Frozen) else self.freeze(params)
-        transformer, dtype = self._merge(frozen.params), self.dtype
-        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(dtype)
+        transformer = self._merge(frozen.params)
+        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(self.dtype)[:, None]
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
-        rotary = (cos[:, None], sin[:, None])  # broadcast over heads
-        graph, _ = nnx.split(transformer.blocks)
+        rotary = (cos[:, None, None], sin[:, None, None])  # broadcast over heads and streams
         valid, own = cache.valid, None
         if block_size is not None and block_size < tokens.shape[1]:
             number = positions // block_size
             same, earlier = number[:, :, None] == number[:, None, :], number[:, :, None] > number[:, None, :]
             own = same | (earlier & (positions >= 0)[:, None, :])
 
-        def layer(x: Array, xs: tuple[Any, Array, Array], at: Array | None = None) -> tuple[Array, KVBlock]:
-            (layer_params, modulation), keys, values = xs
-            block, seen = nnx.merge(graph, layer_params), own
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-            q, k, v = block.heads(_modulate(_layer_norm(x, block.attention_norm), shift_a, scale_a), *rotary)
-            if at is not None:
-                x, q = jnp.take_along_axis(x, at[..., None], 1), jnp.take_along_axis(q, at[:, None, :, None], 2)
-                seen = None if own is None else jnp.take_along_axis(own, at[..., None], 1)
-            x = x + gate_a * block.join(attention.cached(q, k, v, keys, values, valid, seen))
-            y = block.mlp(_modulate(_layer_norm(x, block.mlp_norm), shift_m, scale_m))
-            return x + gate_m * y, KVBlock(k, v)
+        def apply_layer(x: Array, xs: tuple[Any, Array, Array], at: Array | None = None) -> tuple[Array, KVBlock]:
+            layer, keys, values = xs
+            seen = own if own is None or at is None else jnp.take_along_axis(own, at[..., None], axis=1)
+
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                return attention.cached(q[:, :, 0], k[:, :, 0], v[:, :, 0], keys, values, valid, seen)[:, :, None]
+
+            x, (k, v) = layer(x, rotary, attend, None, 1, at)
+            return x, KVBlock(k[:, :, 0], v[:, :, 0])
 
         # The last layer stands apart: it is needed at fewer positions.
         last = self.model.num_layers - 1
-        if isinstance(cache.keys, tuple):
-            blocks = []
+        if self._is_unrolled:
+            stored = []
             for n, xs in enumerate(zip(frozen.layers, cache.keys, cache.values, strict=True)):
-                x, block = layer(x, xs, at if n == last else None)
-                blocks.append(block)
-            new = KVBlock(tuple(block.keys for block in blocks), tuple(block.values for block in blocks))
+                x, new = apply_layer(x, xs, at if n == last else None)
+                stored.append(new)
+            block = KVBlock(tuple(new.keys for new in stored), tuple(new.values for new in stored))
         else:
             stacked = frozen.layers, cache.keys, cache.values
+            over: Any = apply_layer  # the scan gives no `at`
             of_all_but_last = jax.tree.map(lambda leaf: leaf[:last], stacked)
-            over: Any = layer  # the scan gives no `at`
-            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self._unroll(last))
-            x, block = layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
-            new = jax.tree.map(lambda earlier, newest: jnp.concatenate([earlier, newest[None]]), earlier, block)
-        return transformer.finish(x, self._cond(transformer, None, dtype)), new
+            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self._unroll)
+            x, new = apply_layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
+            block = jax.tree.map(lambda before, newest: jnp.concatenate([before, newest[None]]), earlier, new)
+        return transformer.finish(x[:, 0], self._cond(transformer, None)), block
 
     def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""

@@ -1,6 +1,7 @@
 """What is given of a sample: a prompt, or a text with gaps."""
 
 import dataclasses
+import operator
 import re
 from collections.abc import Callable, Sequence
 
@@ -39,13 +40,13 @@ def resolve(
     Raises:
       UserError: there is both a prompt and a text with gaps, or no gap, or more tokens than `max_length`.
     """
-    prompt, infill = prompt or c.prompt, infill or c.infill
-    if not infill:
-        given: Given = [*encode(prompt)] if isinstance(prompt, str) and prompt else [int(i) for i in prompt or ()]
-        return c, given
-    if prompt:
+    prompt = prompt if len(prompt) else c.prompt
+    infill = infill if len(infill) else c.infill
+    if not len(infill):
+        return c, _ids(encode(prompt) if isinstance(prompt, str) else prompt, "prompt") if len(prompt) else []
+    if len(prompt):
         raise UserError("config.sampling.prompt and config.sampling.infill are both given; allowed: one of them")
-    given = parse(infill, encode) if isinstance(infill, str) else [None if i is None else int(i) for i in infill]
+    given = parse(infill, encode) if isinstance(infill, str) else _ids(infill, "infill")
     if None not in given:
         raise UserError(f"config.sampling.infill is {infill!r}; allowed: a text with gaps, as in 'The [MASK*3] of'")
     if len(given) + 1 > c.max_length:
@@ -54,3 +55,11 @@ def resolve(
             f"{c.max_length}"
         )
     return dataclasses.replace(c, max_length=len(given) + 1), given
+
+
+def _ids(tokens: Sequence[int | None], name: str) -> Given:
+    gaps = name == "infill"
+    try:
+        return [None if gaps and token is None else operator.index(token) for token in tokens]  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(f"the {name} is {tokens!r:.80}; allowed: text, or token ids") from None

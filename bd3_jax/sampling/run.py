@@ -16,7 +16,7 @@ from bd3_jax.config import Config, SamplingConfig
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.folders import require_writable, writing
+from bd3_jax.folders import free_path, require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling import statistics
 from bd3_jax.sampling.drawing import Drawn, draw
@@ -175,8 +175,6 @@ def _make_way(path: epath.Path) -> epath.Path | None:
     """Renames an existing file to the next free number, and returns its new name."""
     if not path.exists():
         return None
-    number = 1
-    while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
+    kept = free_path(path)
     path.rename(kept)
     return kept

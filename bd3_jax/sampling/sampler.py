@@ -96,19 +96,24 @@ class Sampler:
         A prompt may have gaps, where it is None.
 
         Raises:
-          UserError: a prompt is longer than the context or than `max_length`.
+          UserError: a prompt is longer than the context or than `max_length`, or holds what is no token of a text.
         """
         canvas = np.full((len(prompts), self.canvas_length), self.model.ids.mask, np.int32)
         for row, prompt in zip(canvas, prompts, strict=True):
-            gap = self.model.ids.mask
-            given = [self.model.ids.bos, *(gap if token is None else token for token in prompt)]
+            given = [self.model.ids.bos, *prompt]
             limit = self.config.max_length if None in prompt else min(self.config.max_length, self.model.length)
             if len(given) > limit:
                 raise UserError(
                     f"config.sampling.prompt has {len(given)} tokens with BOS; allowed: up to {limit} "
                     "(the smaller of sampling.max_length and model.length)"
                 )
-            row[: len(given)] = given
+            vocab_size, mask = self.model.ids.vocab_size, self.model.ids.mask
+            tokens = [token for token in given if token is not None]
+            if wrong := [token for token in tokens if not 0 <= token < vocab_size or token == mask]:
+                raise UserError(
+                    f"the prompt holds the id {wrong[0]}; allowed: 0 to {vocab_size - 1}, but for {mask}, the mask"
+                )
+            row[: len(given)] = [mask if token is None else token for token in given]
         return canvas
 
     def log_probs(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n V"]:

@@ -1,8 +1,8 @@
 """Training, from top to bottom; the same code for one CPU and for a pod.
 
-Where it starts from: the newest checkpoint in the workdir, else the weights of `config.init_from` (with a fresh
-optimiser, warm-up, average and interval), else fresh parameters from the seed. A run that was interrupted after any
-step continues with the same numbers as if it had not been.
+Where it starts from: the newest checkpoint in the workdir that can be read, else the weights of `config.init_from`
+(with a fresh optimiser, warm-up, average and interval), else fresh parameters from the seed. A run that was interrupted
+after any step continues with the same numbers as if it had not been.
 """
 
 import collections
@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from bd3_jax import sharding
 from bd3_jax.checkpoints import run_folder
-from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, summarize
 from bd3_jax.checkpoints.source import read_config
 from bd3_jax.config import Config
-from bd3_jax.data.manifest import is_prepared, load_manifest
+from bd3_jax.data.manifest import FILE_NAME as MANIFEST
+from bd3_jax.data.manifest import load_manifest
 from bd3_jax.data.pipeline import Dataset, open_data, train_batches
 from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
@@ -93,6 +94,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
         if isinstance(dataset, Dataset):
             _check_data(dataset, workdir)
         run_folder.check_continues(config, workdir)
+        newest = summarize(workdir).step
         if newest >= num_steps:
             print(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
@@ -107,21 +109,14 @@ def _train(config: Config, workdir: epath.Path) -> None:
     # --------------------------------------------------------------------------------------------------- state
     optimizer = make_optimizer(config.optimizer, num_steps)
     rate = learning_rate(config.optimizer, num_steps)
-    init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
-    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    init, abstract, traced = trace_update(model, optimizer, config, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     # Each parameter goes from the file to its shards, before anything is written.
     initial = None if source is None else source.load(model.network.abstract_params(), shardings.params)
 
     # -------------------------------------------------------------------------------------------------- update
     print(f"compiling for {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
-    rows_shape = jax.ShapeDtypeStruct((training.batch_size, model.length), jnp.int32, sharding=batch_sharding)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    update = (
-        jax.jit(make_update(model, optimizer, config), donate_argnums=0, out_shardings=(shardings, everywhere))
-        .lower(abstract, rows_shape)
-        .compile()
-    )
+    update = traced.lower().compile()
 
     # ---------------------------------------------------------------------------------------------- checkpoint
     if host == 0:
@@ -140,7 +135,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
     elif newest is None:
         state, start, rows = jax.jit(init, out_shardings=shardings)(), 0, 0
     else:
-        state, position = checkpoints.restore(newest, abstract, stream)
+        newest, state, position = checkpoints.restore(newest, abstract, stream)
         start, rows, unrecorded = newest, position["rows"], position["unrecorded"]
         print(f"{workdir}: continues after step {start} of {num_steps}")
 
@@ -212,6 +207,25 @@ def _train(config: Config, workdir: epath.Path) -> None:
     print(f"{workdir}: finished, {num_steps} steps are done")
 
 
+def trace_update(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[Callable[[], TrainState], TrainState, jax.stages.Traced]:
+    """How the first state is made, the abstract state with its shardings, and the update for that mesh.
+
+    Nothing is allocated, and the devices of the mesh need not be there. The update takes the state, whose buffers it
+    reuses, and token rows `[batch_size, L]`; see `make_update`.
+    """
+    init = functools.partial(init_state, model.network, optimizer, config, _stream(config.seed, _INIT))
+    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    batch_size = config.training.batch_size
+    batch_sharding = sharding.batch_sharding(mesh, batch_size, "config.training.batch_size")
+    rows = jax.ShapeDtypeStruct((batch_size, model.length), jnp.int32, sharding=batch_sharding)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    update = jax.jit(make_update(model, optimizer, config), donate_argnums=0, out_shardings=(shardings, everywhere))
+    return init, abstract, update.trace(abstract, rows)
+
+
 def make_update(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: Config
 ) -> Callable[[TrainState, Int[Array, "b L"]], tuple[TrainState, Metrics]]:
@@ -241,7 +255,7 @@ def _means(records: list[dict[str, Array | float]]) -> dict[str, float]:
 
 def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
     """Raises UserError where the rows are not those that the run in `workdir` has been reading."""
-    if not is_prepared(workdir):
+    if not (workdir / MANIFEST).exists():
         raise UserError(
             f"{workdir} has a checkpoint but no manifest.json, for it was not trained on prepared rows: it can be "
             f"evaluated, not continued with them; a new run may start from it with --config.init_from={workdir}"

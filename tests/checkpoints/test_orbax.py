@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import re
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bd3_jax.checkpoints import run_folder
-from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, restore_params
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, restore_params, summarize
 from bd3_jax.errors import UserError
 
 
@@ -50,7 +52,7 @@ def run(tmp_path, tiny_config):
 def test_state_and_position_come_back(run):
     _, workdir = run
     checkpoints = Checkpoints(workdir, keep=2)
-    state, position = checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0)))
+    _, state, position = checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0)))
     checkpoints.close()
     equal(state, make(jnp.int32(3)))
     assert position == {"rows": 30, "losses": [0.1, 1 / 3]}
@@ -70,7 +72,7 @@ def test_what_is_saved_is_the_state_at_that_time(tmp_path):
     checkpoints.save(0, state, {})
     for _ in range(5):
         state = jax.tree.map(advance, state)
-    restored, _ = checkpoints.restore(0, jax.eval_shape(lambda: {"x": jnp.zeros((512, 1024))}))
+    _, restored, _ = checkpoints.restore(0, jax.eval_shape(lambda: {"x": jnp.zeros((512, 1024))}))
     checkpoints.close()
     assert (restored["x"] == 0).all()
 
@@ -145,3 +147,68 @@ def test_missing_or_damaged_settings(run):
         damage(workdir / "config.json")
         with pytest.raises(UserError, match=r"config.json, the settings of the run, cannot be read"):
             restore_params(config, workdir, "ema")
+
+
+def damage_index(checkpoint):
+    (checkpoint / "state" / "_METADATA").write_text("{")
+
+
+def damage_arrays(checkpoint):
+    for path in (checkpoint / "state").glob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_position(checkpoint):
+    (checkpoint / "position" / "metadata").unlink()
+
+
+def empty(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+@pytest.mark.parametrize("damage", [damage_index, damage_arrays, damage_position, empty])
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(run, capsys, files_in, damage):
+    _, workdir = run
+    damage(workdir / "checkpoints" / "3")
+    before = files_in(workdir / "checkpoints" / "3")
+    checkpoints = Checkpoints(workdir, keep=2)
+    step, state, position = checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0)))
+    assert (step, position["rows"]) == (2, 20)
+    equal(state, make(jnp.int32(2)))
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"warning: .*checkpoints: passed over the damaged checkpoint 3 \(.*\); used 2", warning)
+    assert files_in(workdir / "checkpoints" / "3.damaged") == before
+    checkpoints.save(3, make(jnp.int32(30)), {"rows": 31})
+    checkpoints.close()
+    assert latest_step(workdir) == 3
+    assert Checkpoints(workdir, keep=2).restore(3, jax.eval_shape(make, jnp.int32(0)))[2] == {"rows": 31}
+
+
+@pytest.mark.parametrize("damage", [damage_index, damage_arrays, empty])
+def test_parameters_of_the_checkpoint_before_a_damaged_one(run, capsys, files_in, damage):
+    config, workdir = run
+    damage(workdir / "checkpoints" / "3")
+    before = files_in(workdir)
+    params, step = restore_params(config, workdir, "raw")
+    assert step == 2
+    equal(params, make(jnp.int32(2)).params)
+    assert "passed over the damaged checkpoint 3" in capsys.readouterr().err
+    assert files_in(workdir) == before
+    with pytest.raises(UserError, match=r"no checkpoint can be read, of 3 \("):
+        restore_params(config, workdir, "raw", step=3)
+
+
+def test_no_checkpoint_that_can_be_read(run):
+    config, workdir = run
+    for step in "23":
+        damage_arrays(workdir / "checkpoints" / step)
+    checkpoints = Checkpoints(workdir, keep=2)
+    for read in (
+        lambda: restore_params(config, workdir, "ema"),
+        lambda: summarize(workdir),
+        lambda: checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0))),
+    ):
+        with pytest.raises(UserError, match=r"checkpoints: no checkpoint can be read, of 3 \(.*\); 2 \(.*\); put a"):
+            read()
+    assert latest_step(workdir) == 3

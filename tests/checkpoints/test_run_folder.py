@@ -66,3 +66,12 @@ def test_settings_or_metrics_that_cannot_be_read(config, workdir):
     (workdir / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json, the settings of the run, cannot be read"):
         run_folder.check_begins(config, workdir)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"hidden_dim": 8}', "{", '"text"', "[" * 10_000])
+def test_a_config_json_that_is_no_runs(config, workdir, tmp_path, content, files_in):
+    (workdir / "config.json").write_text(content)
+    before = files_in(tmp_path)
+    with pytest.raises(UserError, match=r"config.json(, the settings of the run, cannot be read|.*choose another)"):
+        run_folder.check_begins(config, workdir)
+    assert files_in(tmp_path) == before

@@ -147,17 +147,40 @@ def test_rows_that_are_missing_or_cut_short_are_refused(data, damage):
         open_dataset(data, 16, "train")
     assert "\n" not in str(error.value)
     open_dataset(data, 16, "validation")
+    (Path(data.directory) / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"rows is damaged.*prepare the corpus anew"):
+        open_dataset(data, 16, "validation")
     (Path(data.directory) / "dataset_info.json").unlink()
     with pytest.raises(UserError, match=r"rows is damaged.*prepare the corpus anew"):
         open_dataset(data, 16, "validation")
 
 
-def test_a_split_without_rows(data, tmp_path):
+def test_rows_with_flipped_bits_are_refused_when_they_are_read(data):
+    """As long as before, so that opening finds nothing; a batch of training is read in a thread of Grain's."""
+    data = dataclasses.replace(data, tokenizer="bytes")
+    prepare(data, 16)
+    (path,) = Path(data.directory).glob("*-train.array_record-*")
+    content = bytearray(path.read_bytes())
+    for place in range(1000, len(content) - 70_000, 500):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    dataset = open_dataset(data, 16, "train")
+    for read in (
+        lambda: dataset.read(range(len(dataset))),
+        lambda: next(train_batches(dataset, len(dataset), 0, 0, 0, 1)),
+    ):
+        with pytest.raises(UserError, match=r"data\.directory is '.*rows', whose rows cannot be read \(.*\); allowed"):
+            read()
+
+
+def test_a_split_without_rows(data, tmp_path, capsys):
     for split, text in (("train", "much " * 50), ("validation", "little")):
         (tmp_path / "two" / split).mkdir(parents=True)
         (tmp_path / "two" / split / "a.txt").write_text(text)
     data = dataclasses.replace(data, tokenizer="bytes", source=str(tmp_path / "two"))
     prepare(data, 16)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "split 'validation' has no rows, so training, which validates" in warning
     open_dataset(data, 16, "train")
     with pytest.raises(UserError, match=r"split 'validation' of .* has 7 tokens, too few for a row of 16"):
         open_dataset(data, 16, "validation")

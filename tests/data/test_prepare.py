@@ -208,6 +208,31 @@ def test_other_things_in_the_way_stay(data, tmp_path):
     prepare(data, 16)  # an empty folder is fine
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_leads_to_the_folder(data, tmp_path, there, files_in):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "rows").mkdir()
+    (tmp_path / "rows").symlink_to(tmp_path / "disk" / "rows")
+    prepare(data, 16)
+    assert (tmp_path / "rows").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["rows"]
+    before = files_in(tmp_path / "disk")
+    assert prepare(data, 16) == load_manifest(epath.Path(tmp_path / "disk" / "rows"))
+    assert files_in(tmp_path / "disk") == before
+
+
+def test_the_folder_of_a_run_is_not_prepared(data, tmp_path, files_in):
+    """Though it has a copy of the manifest."""
+    manifest = prepare(data, 16)
+    (tmp_path / "run").mkdir()
+    manifest.save(epath.Path(tmp_path / "run"))
+    before = files_in(tmp_path / "run")
+    with pytest.raises(UserError, match=r"data\.directory is '.*run', which holds other things"):
+        prepare(dataclasses.replace(data, directory=str(tmp_path / "run")), 16)
+    assert files_in(tmp_path / "run") == before
+
+
 def test_a_bucket_is_written_by_copying(data):
     with pytest.raises(
         UserError, match=r"data\.directory is 'gs://bucket/rows'; allowed: a local folder, which can be"

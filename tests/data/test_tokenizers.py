@@ -186,3 +186,9 @@ def _word_level(vocabulary: list[str]) -> str:
     brackets = any(word.startswith("[") for word in vocabulary)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if brackets else pre_tokenizers.WhitespaceSplit()
     return tokenizer.to_str()
+
+
+@pytest.mark.parametrize("text", ["half a pair: \ud83d", b"bytes", 3])
+def test_what_is_no_text_is_refused(text):
+    with pytest.raises(UserError, match=r"a text to be tokenised is .*; allowed: text in UTF-8"):
+        bytes_tokenizer().encode_batch(["fine", text])

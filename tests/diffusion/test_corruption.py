@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bd3_jax.config import NoiseConfig
+from bd3_jax.config import NoiseConfig, can_clip
 from bd3_jax.diffusion import corruption, likelihood
 
 draw_clipped_masks = jax.jit(corruption.draw_clipped_mask, static_argnums=2)
@@ -143,3 +143,23 @@ def test_block_size_1_from_1_masks_everything(resample):
     draw = likelihood.draw_training(jax.random.key(0), x0, 1, noise, 1.0, 1.0, 9)
     np.testing.assert_array_equal(draw.xt, np.tile([0, 9, 9, 9, 9, 9], (50, 1)))
     np.testing.assert_array_equal(draw.weight, np.ones((50, 6)))
+
+
+@pytest.mark.parametrize("block_size", [7, 10, 15])
+def test_clipped_bounds_are_inclusive_and_what_the_settings_allow(block_size):
+    """In [i/B, j/B] lie all counts from i to j and no other, also where i/B rounds in float32."""
+    first, last = np.triu_indices(block_size)
+    first, last = first[first > 0], last[first > 0]
+    chance = jnp.full((100, 8), 0.5)
+
+    def counts(key, low, high):
+        masks = draw_clipped_masks(key, chance, block_size, low, high).reshape(-1, block_size)
+        return jnp.bincount(masks.sum(-1), length=block_size + 1)
+
+    bounds = first / block_size, last / block_size
+    drawn = np.asarray(jax.vmap(counts)(keys(len(first)), *bounds))
+    for i, j, low, high, found in zip(first, last, *bounds, drawn, strict=True):
+        assert can_clip(block_size, low, high)
+        assert found[i : j + 1].sum() == chance.size
+        often = stats.binom.pmf(np.arange(block_size + 1), block_size, 0.5) > 0.02
+        assert (found[i : j + 1] > 0)[often[i : j + 1]].all()

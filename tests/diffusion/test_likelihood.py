@@ -15,6 +15,7 @@ import pytest
 
 from bd3_jax.config import NoiseConfig
 from bd3_jax.diffusion import likelihood
+from bd3_jax.diffusion.output_loss import Chunks, Output
 
 V, L, MASK, EPS = 4, 4, 3, 1e-3
 RNG = np.random.default_rng(7)
@@ -106,7 +107,8 @@ def estimates(objective, block_size, draw, count=6000, copies=8):
         hidden = jnp.asarray(TABLE)[position, code]
         if objective == "sedd":
             hidden += noised.sigma[..., None] * jnp.asarray(TILT)[position, code]
-        return likelihood.token_losses(objective, hidden, lambda h: h, x0, noised, MASK, V)
+        identity = Output(jnp.eye(V), jnp.zeros(V))
+        return likelihood.token_losses(objective, hidden, identity, x0, noised, MASK, Chunks(2**20, 1))[1]
 
     return np.asarray(
         jax.jit(lambda key: jax.lax.map(one, jax.random.split(key, count)))(jax.random.key(3)), np.float64
@@ -199,37 +201,3 @@ def test_all_masked():
     draw = likelihood.draw_all_masked(jnp.asarray(X0), 1, noise(), MASK)
     np.testing.assert_array_equal(draw.xt, np.where(np.arange(L) == 0, X0, MASK))
     np.testing.assert_array_equal(draw.weight, np.ones((3, L)))
-
-
-@pytest.mark.parametrize("objective", ["ar", "subs", "sedd"])
-def test_chunks_change_nothing(monkeypatch, objective):
-    """Losses and gradients with the logits in chunks of positions are those of all logits at once."""
-    batch, length, width = 4, 13, 5  # a prime length: no chunk but 1 divides it
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(batch, length, width)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(width, V)), jnp.float32)
-    x0 = jnp.asarray(rng.integers(0, V - 1, (batch, length)))
-    draw = None
-    if objective != "ar":
-        block_size = length if objective == "sedd" else 1
-        draw = likelihood.draw_training(jax.random.key(0), x0, block_size, noise(), EPS, 1.0, MASK)
-
-    def losses(hidden, kernel, batch_shards=1):
-        return likelihood.token_losses(objective, hidden, lambda h: h @ kernel, x0, draw, MASK, V, batch_shards)
-
-    def run(shards=1):
-        def weighted(*args):
-            values = losses(*args, shards)
-            return (values * jnp.arange(length)).sum(), values
-
-        return jax.tree.leaves(jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))(hidden, kernel))
-
-    whole = run()
-    # The bound is of a device's share of the batch. 3 chunks of 5, the last with 2 positions too many.
-    for positions, shards, chunk in ((1, 1, 1), (6, 1, 5), (3, 2, 5)):
-        monkeypatch.setattr(likelihood, "MAX_LOGITS", batch * V * positions)
-        text = str(jax.make_jaxpr(lambda *args, shards=shards: losses(*args, shards))(hidden, kernel))
-        assert f"[{batch},{length},{V}]" not in text
-        assert f"[{batch},{chunk},{V}]" in text
-        for ours, expected in zip(run(shards), whole, strict=True):
-            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from bd3_jax.checkpoints import orbax
+from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.config import EvalConfig
 from bd3_jax.data.pipeline import Dataset
 from bd3_jax.data.tokenizers import bytes_tokenizer, train_bpe
@@ -130,7 +130,7 @@ def test_compiled_once(toy_lm, random_params, dataset):
     lm = toy_lm("ar", vocab_size=13)
     for seed in range(3):
         perplexity.evaluate_params(lm, random_params(lm, seed), dataset(), settings())
-    assert perplexity._compiled(lm, "monte_carlo", None)._cache_size() == 1
+    assert perplexity.likelihood_program(lm, "monte_carlo", None)._cache_size() == 1
 
 
 def test_a_fresh_model(toy_lm, dataset):
@@ -153,7 +153,7 @@ def test_standard_error_is_that_of_repeated_samples():
 
     pooled = np.array([perplexity.pool(*draw()) for _ in range(2000)])
     assert pooled[:, 0].std() == pytest.approx(pooled[:, 1].mean(), rel=0.05)
-    result = perplexity.Result(2.0, 0.01, 1, 1, "exact", "test", False, True, False)
+    result = perplexity.Result(2.0, 0.01, 1, 1, 0, "exact", "test", False, True, False)
     assert result.perplexity_standard_error == pytest.approx(
         np.exp(pooled[:, 0]).std() * 0.01 / pooled[:, 0].std(), rel=0.05
     )
@@ -164,7 +164,7 @@ def test_one_sequence_has_no_standard_error():
 
 
 def test_table_and_record_say_how_the_figure_came_about():
-    result = perplexity.Result(2.0, 0.01, 1100, 100, "low_variance", "test", False, True, False)
+    result = perplexity.Result(2.0, 0.01, 1100, 100, 0, "low_variance", "test", False, True, False)
     table = result.table()
     for part in ("2.0000 +- 0.0100", "2.8854", "7.389 +- 0.074", "1,100 in 100 rows of the test split"):
         assert part in table
@@ -173,3 +173,25 @@ def test_table_and_record_say_how_the_figure_came_about():
     assert "BOS and EOS around rows: no; EOS after documents: yes" in table
     assert "exact" in dataclasses.replace(result, estimator="exact").table()
     assert json.loads(json.dumps(result.record()))["eval/perplexity"] == pytest.approx(math.e**2)
+
+
+@pytest.mark.parametrize(("wrong", "figure"), [(math.nan, math.isnan), (math.inf, math.isinf), (1e9, math.isinf)])
+def test_losses_that_are_not_finite_are_counted(toy_lm, wrong, figure):
+    """The third is finite, and its perplexity is not."""
+    losses = np.array([1.0, wrong, 2.0])
+    result = perplexity.Result.of(toy_lm("ar"), losses, 12, "monte_carlo", "test", False, True)
+    assert result.nonfinite == int(not math.isfinite(wrong))
+    assert figure(result.perplexity)
+    assert "perplexity" in result.table()
+
+
+def test_diverged_weights_are_told(tiny_config, tmp_path, capsys):
+    config = tiny_config("ar")
+    lm = LanguageModel.from_config(config, bytes_tokenizer().ids)
+    run_folder.write_config(config, epath.Path(tmp_path))
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, np.float32), lm.network.abstract_params())
+    orbax.save_params(epath.Path(tmp_path), 3, params, 1e-3, 1.0)
+    record = perplexity.evaluate(config, epath.Path(tmp_path))
+    assert record["eval/nonfinite"] == record["eval/sequences"]
+    assert f"warning: the loss of {record['eval/sequences']} of" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["eval/nll"] is None

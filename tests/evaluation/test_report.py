@@ -95,3 +95,11 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     ticks = _ticks(low, high)
     assert 3 <= len(ticks) <= 9
     assert all(low - 1e-9 * (high - low) <= tick <= high + 1e-9 * (high - low) for tick in ticks)
+
+
+@pytest.mark.parametrize("sample", [{"a": 1}, {"text": None}, {"text": 3}])
+def test_samples_of_something_else_are_refused(run: Path, sample: dict) -> None:
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    with pytest.raises(UserError, match=r"samples\.jsonl has a record without text"):
+        write_report(epath.Path(run))
+    assert not (run / "report.html").exists()

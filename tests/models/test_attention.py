@@ -9,7 +9,8 @@ from jax.extend.core import jaxprs_in_params
 from bd3_jax.models import attention
 
 # L, B: from B = 1 to B = L; no L is a power of two.
-SHAPES = [(6, 1), (10, 2), (12, 3), (6, 6)]
+SHAPES = [(6, 1), (12, 3), (6, 6)]
+# Chunks within a block and of several; few, and more than have a program of their own; the last one cut short.
 BACKENDS = [("dense", 1), ("decomposed", 1), ("decomposed", 4), ("auto", 100)]
 
 
@@ -33,8 +34,8 @@ def test_masks(length, block_size):
 
 
 def operands(streams, length, seed=0):
-    """q, k, v and a cotangent, `[streams, b, h, L, k]`; scores of a size that makes the softmax uneven."""
-    return [jax.random.normal(key, (streams, 2, 3, length, 4)) * 2 for key in jax.random.split(jax.random.key(seed), 4)]
+    """q, k, v and a cotangent, `[b, h, streams, L, k]`; scores of a size that makes the softmax uneven."""
+    return [jax.random.normal(key, (2, 3, streams, length, 4)) * 2 for key in jax.random.split(jax.random.key(seed), 4)]
 
 
 def reference(q, k, v, mask):
@@ -59,40 +60,54 @@ def assert_same(ours, expected, args):
 @pytest.mark.parametrize(("name", "chunk"), BACKENDS)
 @pytest.mark.parametrize(("length", "block_size"), SHAPES)
 def test_block_diffusion(length, block_size, name, chunk):
-    backend = attention.get_backend(name, chunk)
+    backend = attention.get_backend(name, chunk, length)
 
     def expected(q, k, v):
         mask = jnp.asarray([[visible(i, j, length, block_size) for j in range(2 * length)] for i in range(2 * length)])
-        q, k, v = (jnp.concatenate(list(x), axis=2) for x in (q, k, v))
-        return jnp.stack(jnp.split(reference(q, k, v, mask), 2, axis=2))
+        q, k, v = (jnp.concatenate([x[:, :, 0], x[:, :, 1]], axis=2) for x in (q, k, v))
+        return jnp.stack(jnp.split(reference(q, k, v, mask), 2, axis=2), axis=2)
 
     q, k, v, cotangent = operands(2, length)
     assert_same(lambda *x: backend.block_diffusion(*x, block_size), expected, (q, k, v, cotangent))
     # The noised stream alone, as the last layer asks for it.
-    noised = backend.block_diffusion(q[:1], k, v, block_size)
-    assert noised.shape == (1, *q.shape[1:])
-    np.testing.assert_allclose(noised, expected(q, k, v)[:1], rtol=1e-4, atol=1e-5)
+    noised = backend.block_diffusion(q[:, :, :1], k, v, block_size)
+    np.testing.assert_allclose(noised, expected(q, k, v)[:, :, :1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "chunk"), BACKENDS)
 @pytest.mark.parametrize(("length", "block_size"), SHAPES)
 def test_block_causal(length, block_size, name, chunk):
-    backend = attention.get_backend(name, chunk)
+    backend = attention.get_backend(name, chunk, length)
     mask = jnp.asarray([[j // block_size <= i // block_size for j in range(length)] for i in range(length)])
-    args = [x[0] for x in operands(1, length)]
+    args = [x[:, :, 0] for x in operands(1, length)]
     assert_same(lambda *x: backend.block_causal(*x, block_size), lambda *x: reference(*x, mask), args)
 
 
+@pytest.mark.parametrize("block_size", [16, 24])
+def test_splash_on_two_tiles(block_size):
+    """In the interpreter: lengths of two tiles, block sizes that divide a tile and that do not."""
+    length = 256 if block_size == 16 else 384
+    backend = attention.Splash(tile=128, interpret=True)
+    dense = attention.Dense()
+    q, k, v, cotangent = (x[:1, :2] for x in operands(2, length))
+    both = [lambda *x, b=b: b.block_diffusion(*x, block_size) for b in (backend, dense)]
+    assert_same(*both, (q, k, v, cotangent))
+    noised = [lambda q, k, v, b=b: b.block_diffusion(q[:, :, :1], k, v, block_size) for b in (backend, dense)]
+    np.testing.assert_allclose(noised[0](q, k, v), noised[1](q, k, v), rtol=1e-4, atol=1e-5)
+    causal = [lambda *x, b=b: b.block_causal(*x, block_size) for b in (backend, dense)]
+    assert_same(*causal, [x[:, :, 0] for x in (q, k, v, cotangent)])
+
+
 def test_large_scores_do_not_overflow():
-    q, k, v, _ = (x[0] for x in operands(1, 6))
+    q, k, v, _ = (x[:, :, 0] for x in operands(1, 6))
     out = attention.softmax_attention(q * 100, k * 100, v)
     best = jnp.einsum("bhqd,bhkd->bhqk", q, k).argmax(-1)
     np.testing.assert_allclose(out, jnp.take_along_axis(v, best[..., None], axis=2), rtol=1e-4, atol=1e-5)
 
 
 def test_cached_sees_valid_entries_and_itself():
-    q, k, v, _ = (x[0] for x in operands(1, 2))
-    _, old_k, old_v, _ = (x[0] for x in operands(1, 5, seed=1))
+    q, k, v, _ = (x[:, :, 0] for x in operands(1, 2))
+    _, old_k, old_v, _ = (x[:, :, 0] for x in operands(1, 5, seed=1))
     valid = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
     out = attention.cached(q, k, v, old_k, old_v, jnp.asarray(valid))
     for row in range(2):
@@ -115,10 +130,10 @@ def largest_array(jaxpr):
 def test_decomposed_never_builds_2l_by_2l(block_size):
     """At L = 4096 no array of the forward or backward pass comes near (2L)^2, or even L^2, entries."""
     length, chunk = 4096, 256
-    x = jax.ShapeDtypeStruct((2, 1, 1, length, 8), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 1, 2, length, 8), jnp.float32)
 
     def loss(name):
-        backend = attention.get_backend(name, chunk)
+        backend = attention.get_backend(name, chunk, length)
         return lambda q, k, v: backend.block_diffusion(q, k, v, block_size).sum()
 
     def largest(name):

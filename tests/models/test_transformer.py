@@ -30,7 +30,7 @@ def small(**model):
     """The paper's small model over GPT-2's vocabulary and the mask."""
     settings = dict(
         length=1024, width=768, num_layers=12, num_heads=12, cond_dim=128, dropout=0.1,
-        dtype="float32", attention="auto", attention_chunk=256, scan_unroll=1,
+        dtype="float32", attention="auto", attention_chunk=256, scan_unroll=1, remat="none", max_logits=0,
     )  # fmt: skip
     return ModelConfig(**(settings | model))
 

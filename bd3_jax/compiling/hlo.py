@@ -1,0 +1,169 @@
+"""Reads what compilers print: collectives in optimised HLO, the largest buffers in an out-of-memory message."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
+_LARGEST = re.compile(r"Size: ([\d.]+[KMG]?)\n(?:\s+Operator: op_name=\"([^\"]*)\"[^\n]*\n)?\s+Shape: (\S+)")
+_USED = re.compile(
+    r"Used ([\d.]+[KMG]?)B? of|memory required for [\w ]+ \(([\d.]+[KMG]?)\)|allocating ([\d.]+[KMG]?)i?B"
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A kind of collective among groups of one size, summed over a run of the program on one chip.
+
+    Attributes:
+      kind: all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute.
+      group: chips that take part in one.
+      count: how often, loops included.
+      size: bytes of its results, loops included.
+      traffic: bytes that a chip sends, by ring algorithms.
+    """
+
+    kind: str
+    group: int
+    count: int
+    size: int
+    traffic: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """A large array of the program: bytes, shape, and the operation that makes it, as JAX names it."""
+
+    size: int
+    shape: str
+    operation: str
+
+
+def array_bytes(shape: str) -> list[int]:
+    """'(f32[2,3]{1,0}, s32[])' -> [24, 4]."""
+    found = [(kind, dims) for kind, dims in _ARRAY.findall(shape) if kind in _BYTES]
+    return [_BYTES[kind] * math.prod(int(size) for size in dims.split(",") if size) for kind, dims in found]
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """Collectives of an optimised HLO module for `devices` chips.
+
+    One in a loop counts as often as the loop turns, and once where the compiler does not know how often that is.
+    """
+    lines, entry = _computations(text)
+    totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def visit(name: str, times: int) -> None:
+        for line in lines.get(name, []):
+            found = _COLLECTIVE.search(line)
+            if found:
+                kind, group = found[2], _group(line, devices)
+                sizes = array_bytes(found[1])
+                if found[3] and kind != "all-reduce":  # the operands come first, a permutation's flags last
+                    half = sizes[: 2 * (len(sizes) // 2)] if kind != "collective-permute" else sizes[:2]
+                    sizes = half[len(half) // 2 :]
+                total = totals[kind, group]
+                for place, value in enumerate((1, sum(sizes), _traffic(kind, group, sum(sizes)))):
+                    total[place] += times * value
+                continue
+            trips = _TRIPS.search(line) if " while(" in line else None
+            for one, several in _CALLED.findall(line):
+                for called in [one] if one else re.findall(r"[\w.-]+", several):
+                    visit(called, times * (int(trips[1]) if trips else 1))
+
+    visit(entry, 1)
+    return [Collective(*key, *total) for key, total in sorted(totals.items(), key=lambda item: -item[1][2])]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the first to run."""
+    lines: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        found = _COMPUTATION.match(line)
+        if found:
+            name = found[2]
+            lines[name] = []
+            entry = name if found[1] else entry
+        elif name:
+            lines[name].append(line)
+    return lines, entry
+
+
+def _group(line: str, devices: int) -> int:
+    """Chips in one group of a collective, in any of the three ways in which HLO writes groups."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return len(listed[1].split(",")) if listed else devices
+
+
+def _traffic(kind: str, group: int, size: int) -> int:
+    """Bytes that one chip sends for a result of `size` bytes."""
+    if kind == "collective-permute":
+        return size
+    share = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1}
+    return round(size * share.get(kind, (group - 1) / group))
+
+
+def estimated_cycles(text: str) -> int:
+    """Sum of the cycles that the TPU compiler expects of its fusions, loops included; kernels have none."""
+    lines, entry = _computations(text)
+
+    def cycles(name: str) -> int:
+        total = 0
+        for line in lines.get(name, []):
+            own = re.search(r'"estimated_cycles":"(\d+)"', line)
+            total += int(own[1]) if own else 0
+            if " while(" in line:
+                trips, body = _TRIPS.search(line), re.search(r"body=%?([\w.-]+)", line)
+                total += (int(trips[1]) if trips else 1) * (cycles(body[1]) if body else 0)
+        return total
+
+    return cycles(entry)
+
+
+def largest_buffers(message: str, count: int = 5) -> list[Buffer]:
+    """The largest allocations that an out-of-memory message lists, the largest first."""
+    found = [Buffer(_size(size), shape, operation) for size, operation, shape in _LARGEST.findall(message)]
+    return sorted(found, key=lambda buffer: -buffer.size)[:count]
+
+
+def largest_arrays(text: str, count: int = 5) -> list[Buffer]:
+    """The largest arrays that instructions of an optimised HLO module make, each shape once."""
+    lines, _ = _computations(text)
+    found: dict[str, Buffer] = {}
+    fused = set(re.findall(r"kind=k\w+, calls=%?([\w.-]+)", text))
+    for name, body in lines.items():
+        for line in () if name in fused else body:
+            made = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = ([a-z]\w*\[[\d,]*\])\S* ([\w-]+)\(", line)
+            if made and made[2] not in ("parameter", "get-tuple-element", "bitcast"):
+                operation = re.search(r'op_name="([^"]*)"', line)
+                size = sum(array_bytes(made[1]))
+                found.setdefault(made[1], Buffer(size, made[1], operation[1] if operation else made[2]))
+    return sorted(found.values(), key=lambda buffer: -buffer.size)[:count]
+
+
+def needed(message: str) -> int | None:
+    """Bytes that an out-of-memory message says the program needs."""
+    found = _USED.search(message)
+    return _size(next(size for size in found.groups() if size)) if found else None
+
+
+def _size(text: str) -> int:
+    """'1.50G' -> bytes."""
+    return round(float(text.rstrip("KMG")) * _UNITS.get(text[-1], 1))

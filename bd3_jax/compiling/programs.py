@@ -1,0 +1,142 @@
+"""The programs of train, eval and sample for a machine that is not at hand, traced from settings alone."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bd3_jax import sharding
+from bd3_jax.config import Config
+from bd3_jax.data.corpora import get_corpus
+from bd3_jax.errors import UserError
+from bd3_jax.evaluation.perplexity import likelihood_program
+from bd3_jax.language_model import LanguageModel
+from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.special_ids import SpecialIds
+from bd3_jax.training.loop import trace_update
+from bd3_jax.training.state import make_optimizer
+
+# Tokenizer -> V with the mask, and the mask's id; neither text nor a tokenizer's file is needed to compile.
+VOCABULARIES = {
+    "gpt2": (50258, 50257),
+    "bert-base-uncased": (30522, 103),
+    "text8": (35, 4),
+    "bytes": (258, 257),
+}
+
+
+class Program(NamedTuple):
+    """A traced program, the bytes that one chip holds before it runs by kind, and the rows of its batch."""
+
+    traced: jax.stages.Traced
+    held: dict[str, int]
+    rows: int
+
+
+def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: str, vocab_size: int) -> Program:
+    """The program of `mode` (train, eval or sample) that a run with these settings compiles on these devices.
+
+    `vocab_size` is V, or 0 for that of `config.data.tokenizer`.
+
+    Raises:
+      UserError: settings that do not fit the devices, or a tokenizer whose size is not known.
+    """
+    config = for_platform(config, platform)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
+    if mode == "train":
+        _, state, traced = trace_update(
+            model, make_optimizer(config.optimizer, config.training.num_steps), config, mesh
+        )
+        kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
+        return Program(traced, {name: _bytes(tree) for name, tree in kinds.items()}, config.training.batch_size)
+    params = jax.tree.map(
+        lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own),
+        model.network.abstract_params(),
+        sharding.param_shardings(mesh, model.network),
+    )
+    held = {"parameters": _bytes(params)}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.sampling.batch_size))
+    if mode == "eval":
+        rows = config.eval.batch_size
+        split = sharding.batch_sharding(mesh, rows, "config.eval.batch_size")
+        batch = jax.ShapeDtypeStruct((rows, model.length), jnp.int32, sharding=split)
+        key = jax.ShapeDtypeStruct((), keys.dtype)
+        return Program(likelihood_program(model, config.eval.estimator, split).trace(params, batch, key), held, rows)
+    rows = config.sampling.batch_size
+    split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
+    sampler = Sampler.from_config(model, config.sampling)
+    canvas = jax.ShapeDtypeStruct((rows, sampler.canvas_length), jnp.int32, sharding=split)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
+    return Program(jax.jit(sampler.__call__, out_shardings=everywhere).trace(params, keys, canvas), held, rows)
+
+
+def for_platform(config: Config, platform: str) -> Config:
+    """Settings with 'auto' as it is decided on `platform`, which is not the one that this process runs on."""
+    model = config.model
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="float32" if platform == "cpu" else "bfloat16")
+    return dataclasses.replace(config, model=model)
+
+
+def special_ids(config: Config, vocab_size: int) -> SpecialIds:
+    """Ids of the size that matters: those of the corpus' tokenizer, or the last of `vocab_size` ids for the mask.
+
+    Raises:
+      UserError: a tokenizer that is not in `VOCABULARIES`, and no `vocab_size`.
+    """
+    name = config.data.tokenizer or get_corpus(config.data.corpus).tokenizer
+    if not vocab_size and name == "bpe":
+        vocab_size = config.data.vocab_size + 1
+    if not vocab_size and name not in VOCABULARIES:
+        raise UserError(
+            f"the vocabulary of the tokenizer {name!r} is not known without reading it; allowed: "
+            f"--vocab_size=V with the mask token, or a tokenizer of {', '.join(VOCABULARIES)}"
+        )
+    size, mask = (vocab_size, vocab_size - 1) if vocab_size else VOCABULARIES[name]
+    return SpecialIds(bos=0, eos=0, mask=mask, vocab_size=size)
+
+
+def _bytes(tree: Any) -> int:
+    """On one chip."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def product_flops(jaxpr: Any) -> int:
+    """Operations of the matrix products in a program over all devices, 2 for each multiplication and addition.
+
+    A scan counts as often as it turns, a loop of unknown length once, of several branches the dearest. A Pallas kernel
+    counts what it declares, or what its body does at every point of its grid.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        inner = [product_flops(found) for value in params.values() for found in _jaxprs(value)]
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        elif name == "scan":
+            total += params["length"] * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        elif name == "shard_map":
+            total += params["mesh"].size * sum(inner)
+        elif name == "pallas_call":
+            declared = params.get("cost_estimate")
+            total += declared.flops if declared else math.prod(params["grid_mapping"].grid) * sum(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if hasattr(value, "eqns"):
+        return [value]
+    if hasattr(value, "jaxpr"):
+        return _jaxprs(value.jaxpr)
+    return [found for item in value for found in _jaxprs(item)] if isinstance(value, tuple | list) else []

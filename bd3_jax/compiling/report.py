@@ -1,0 +1,136 @@
+"""What one compilation told, as a record and as text."""
+
+import dataclasses
+import math
+from typing import Any
+
+from bd3_jax.compiling.hlo import Buffer, Collective
+from bd3_jax.compiling.targets import GIB, Chip
+from bd3_jax.config import Config
+
+GROUPS = {"train": "training", "eval": "eval", "sample": "sampling"}  # mode -> the settings that hold its batch size
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Figures for one chip and one run of the program.
+
+    Attributes:
+      topology: as it was asked for.
+      mode: train, eval or sample.
+      chips: of the machine.
+      rows: of the whole batch.
+      fits: whether the compiler accepts it; for GPUs, whether the memory it needs is there.
+      memory: bytes by kind; what the arguments hold is computed from the shapes, the rest is the compiler's.
+      needed: bytes in all, None where the compiler gave up without saying.
+      available: bytes of a chip.
+      program_flops: of matrix products, counted in the traced program with its loops, divided by the chips.
+      compiler_flops: as the compiler counts; bodies of loops once. None where it counts none.
+      compiler_bytes: moved to and from HBM; see `compiler_flops`.
+      compiler_seconds: the compiler's own estimate, where it has one.
+      cycles: the TPU compiler's estimate over its fusions, loops included; kernels have none.
+      collectives: in the order of their traffic.
+      largest: buffers, the largest first.
+      advice: settings that would need less memory, where it does not fit.
+      lower_seconds: of tracing and lowering.
+      compile_seconds: of the compiler.
+    """
+
+    topology: str
+    mode: str
+    chips: int
+    rows: int
+    fits: bool
+    memory: dict[str, int]
+    needed: int | None
+    available: int
+    program_flops: float
+    compiler_flops: float | None
+    compiler_bytes: float | None
+    compiler_seconds: float | None
+    cycles: int
+    collectives: list[Collective]
+    largest: list[Buffer]
+    advice: list[str]
+    lower_seconds: float
+    compile_seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Report":
+        lists = {"collectives": Collective, "largest": Buffer}
+        return cls(**record | {name: [kind(**item) for item in record[name]] for name, kind in lists.items()})
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that a chip sends to others."""
+        return sum(collective.traffic for collective in self.collectives)
+
+    def roofline(self, chip: Chip) -> dict[str, float]:
+        """Least seconds of a run by each resource at its published peak; nan where there is no figure."""
+        return {
+            "matrix products": self.program_flops / chip.flops,
+            "HBM": math.nan if self.compiler_bytes is None else self.compiler_bytes / chip.bandwidth,
+            "links": self.traffic / chip.link,
+        }
+
+    def table(self, chip: Chip) -> str:
+        """For the terminal."""
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        needed = "more than there is" if self.needed is None else f"{amount(self.needed)}"
+        lines = [f"{self.mode} on {self.topology}: {verdict}, {needed} of {amount(self.available)} a chip"]
+        lines += [f"  {name:<22}{amount(size):>10}" for name, size in self.memory.items()]
+        lines.append(f"rows: {self.rows:,}, {self.rows / self.chips:g} a chip")
+        lines.append(f"matrix products: {self.program_flops / 1e12:.3f} TFLOP a chip")
+        if self.compiler_flops is not None:
+            lines.append(f"the compiler counts {self.compiler_flops / 1e12:.3f} TFLOP, bodies of loops once")
+        if self.compiler_bytes is not None:
+            lines.append(f"bytes moved: {self.compiler_bytes / 1e9:.1f} GB a chip, bodies of loops once")
+        if self.compiler_seconds is not None:
+            lines.append(f"the compiler's estimate: {self.compiler_seconds * 1e3:.1f} ms, bodies of loops once")
+        if self.cycles:
+            lines.append(f"the compiler's estimate over fusions: {self.cycles / 1e6:.1f} M cycles, loops included")
+        if chip.platform != "cpu" and self.fits:
+            parts = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self.roofline(chip).items())
+            lines.append(f"at published peaks at least: {parts}")
+        for c in self.collectives:
+            sizes = f"{amount(c.size)}, {amount(c.traffic)} sent by a chip"
+            lines.append(f"  {c.count} x {c.kind} among {c.group} chips: {sizes}")
+        if not self.collectives and self.fits:
+            lines.append("no collectives")
+        lines += [f"  {amount(b.size):>10}  {b.shape} {b.operation}" for b in self.largest]
+        lines += [f"would help: {setting}" for setting in self.advice]
+        lines.append(f"lowered in {self.lower_seconds:.1f} s, compiled in {self.compile_seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def amount(size: int) -> str:
+    """Bytes in GiB, or in MiB where that is easier to read."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.2f} MiB"
+
+
+def advice(config: Config, mode: str, held: dict[str, int], chip: Chip, shards: int, chips: int) -> list[str]:
+    """Settings that would need less memory, the cheapest in speed first.
+
+    `held`: bytes of the arguments by kind on one chip; `shards`: parts that the batch is split into.
+    """
+    found = []
+    if config.model.dtype == "float32" and chip.platform != "cpu":
+        found.append("--config.model.dtype=bfloat16 (half the activations)")
+    if config.model.attention == "dense":
+        found.append("--config.model.attention=auto (no [2L, 2L] scores)")
+    if config.mesh.fsdp < chips and sum(held.values()) > chip.memory / 4:
+        found.append(f"--config.mesh.fsdp={chips} (parameters and optimiser split over the chips)")
+    group = GROUPS[mode]
+    batch = config.to_dict()[group]["batch_size"]
+    if batch > shards:
+        fewer = max(shards, batch // 2 // shards * shards)
+        found.append(
+            f"--config.{group}.batch_size={fewer} ({fewer // shards} rows a chip instead of {batch // shards})"
+        )
+    elif config.mesh.tensor < config.model.num_heads:
+        found.append(f"--config.mesh.tensor={2 * config.mesh.tensor} (heads and MLP columns split over more chips)")
+    return found

@@ -1,0 +1,94 @@
+"""The patterns on TPU by splash attention: tiles of the scores in which nothing is visible are never visited.
+
+Both streams lie one after the other in a sequence of 2L, whose mask the kernel computes from the positions.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from bd3_jax.models.chunked import RESIDUALS
+
+Heads = Float[Array, "b h L k"]
+Visible = Callable[[Array, Array], Array]
+
+LANES = 128
+"""A length must be a multiple of this."""
+
+
+def block_causal(block_size: int) -> Visible:
+    """Of (queries, keys), positions in one stream: which are visible."""
+    return lambda q, k: q // block_size >= k // block_size
+
+
+def block_diffusion(length: int, block_size: int) -> Visible:
+    """The same in [xt ; x0]; see `attention.block_diffusion_mask`."""
+
+    def visible(q: Array, k: Array) -> Array:
+        q_noised, k_noised = q < length, k < length
+        q_block, k_block = (q % length) // block_size, (k % length) // block_size
+        return (k_noised & q_noised & (q_block == k_block)) | (
+            ~k_noised & ((q_block > k_block) | (~q_noised & (q_block == k_block)))
+        )
+
+    return visible
+
+
+def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret: bool) -> Heads:
+    """Softmax attention over the visible keys, of which every query has one.
+
+    On a mesh (`jax.sharding.use_abstract_mesh`) each device computes its own rows and heads.
+
+    Args:
+      q: more, fewer or as many queries as keys, in numbers that are multiples of 128.
+      k: keys.
+      v: values.
+      visible: see above.
+      tile: queries and keys of a tile, at most; rounded down to a divisor of the length, a multiple of 128.
+      interpret: without a TPU, for tests.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(_attend, visible=visible, tile=tile, interpret=interpret)
+    if mesh.empty:
+        return run(q, k, v)
+    split = PartitionSpec(("data", "fsdp"), "tensor")
+    return jax.shard_map(run, in_specs=(split, split, split), out_specs=split, check_vma=False)(q, k, v)
+
+
+def _attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret: bool) -> Heads:
+    tile_q, tile_k = (_divisor(x.shape[2], tile) for x in (q, k))
+    sizes = BlockSizes(
+        block_q=tile_q, block_kv=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k
+    )
+    mask = _Pattern((q.shape[2], k.shape[2]), visible)
+    kernel = make_splash_mha(
+        masks.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+    # It does not scale the scores.
+    return jax.vmap(kernel)(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v)
+
+
+def _divisor(length: int, most: int) -> int:
+    """The largest multiple of 128 up to `most` that divides `length`."""
+    return next(size for size in range(max(most, LANES) // LANES * LANES, 0, -LANES) if length % size == 0)
+
+
+class _Pattern(masks._ComputableMask):
+    """The same for all heads, which the kernel finds out by comparing."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)

@@ -1,0 +1,103 @@
+"""`bd3 compile` from the command line: verdicts, figures, mistakes. `cpu:N` needs no compiler that is not there."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bd3_jax import cli
+from bd3_jax.compiling import run
+from bd3_jax.compiling.report import Report, advice
+from bd3_jax.compiling.targets import CHIPS, GIB
+from bd3_jax.config import from_config_dict
+from bd3_jax.configs import owt
+
+TINY = """
+from bd3_jax.configs import base
+
+def get_config(string):
+    config = base.get_config(string)
+    config.model.update(length=16, width=16, num_layers=2, num_heads=2, cond_dim=8)
+    config.data.tokenizer = "bytes"
+    config.training.batch_size = config.eval.batch_size = config.sampling.batch_size = 4
+    config.sampling.max_length = 16
+    return config
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return f"--config={path}:bd3lm,block_size=4"
+
+
+def test_training_on_two_devices(tiny, tmp_path, capsys):
+    """Gradients of every parameter, in float32, are summed over the devices: that is the one large collective."""
+    file = tmp_path / "figures.json"
+    assert cli.main(["compile", tiny, "--topology=cpu:2", f"--json={file}"]) == 0
+    (record,) = json.loads(file.read_text())
+    report = Report.from_record(record)
+    assert report.fits
+    held = report.memory["parameters"]
+    assert report.memory["average (EMA)"] == held
+    assert 2 * held <= report.memory["optimiser"] < 2 * held + 100
+    reduced = sum(c.size for c in report.collectives if c.kind == "all-reduce")
+    assert held <= reduced < 1.1 * held + 2000
+    assert all(c.group == 2 for c in report.collectives)
+    assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+def test_other_modes(tiny, mode, capsys):
+    assert cli.main(["compile", tiny, "--topology=cpu:2", f"--mode={mode}"]) == 0
+    assert f"{mode} on cpu:2: fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--topology is missing"),
+        (["--topology=v9:2x2"], "CHIP:SHAPE"),
+        (["--topology=cpu:3"], "a multiple of 3"),
+        (["--topology=cpu:2", "--config.mesh.fsdp=4"], "number of devices"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, flags, said, capsys):
+    assert cli.main(["compile", tiny, *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def report(fits):
+    return Report(
+        topology="v5e:2x2", mode="train", chips=4, rows=16, fits=fits, memory={"parameters": GIB}, needed=20 * GIB,
+        available=CHIPS["v5e"].memory, program_flops=1e12, compiler_flops=None, compiler_bytes=None,
+        compiler_seconds=None, cycles=0, collectives=[], largest=[], advice=[] if fits else ["--config.x=1"],
+        lower_seconds=1.0, compile_seconds=2.0,
+    )  # fmt: skip
+
+
+def test_what_does_not_fit_is_exit_status_1_and_advice(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(run, "compile_for", lambda *args: report(fits=False))
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["compile", tiny, "--topology=v5e:2x2"])
+    assert exit_info.value.code == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT, 20.00 GiB of 15.75 GiB a chip" in out
+    assert "would help: --config.x=1" in out
+
+
+def test_advice_names_what_is_set():
+    config = from_config_dict(owt.get_config("bd3lm,block_size=4"))
+    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense", dtype="float32"))
+    held = {"parameters": 8 * GIB}
+    found = advice(dense, "train", held, CHIPS["v5e"], shards=4, chips=4)
+    assert [line.split(" ")[0] for line in found] == [
+        "--config.model.dtype=bfloat16", "--config.model.attention=auto", "--config.mesh.fsdp=4",
+        "--config.training.batch_size=256",
+    ]  # fmt: skip
+    few = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=4))
+    (only,) = advice(few, "train", {"parameters": GIB}, CHIPS["v5e"], shards=4, chips=4)
+    assert only.startswith("--config.mesh.tensor=2")
