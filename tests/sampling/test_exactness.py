@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3_jax.sampling import analytic, block
+from bd3_jax.sampling import analytic, block, categorical
 from bd3_jax.sampling.confidence import EntropyBounded, MostConfident, Remasking, Threshold
 from bd3_jax.sampling.contexts import Memory, Windowed, WindowedNextToken
 from bd3_jax.sampling.truncation import Truncation
-from bd3_jax.sampling.updates import Ancestral, Denoiser, FirstHitting
+from bd3_jax.sampling.updates import Ancestral, Denoiser, Filling, FirstHitting
 from tests.sampling import toy
 
 N = 50_000
@@ -176,20 +176,37 @@ def test_a_choice_by_confidence_is_not_first_hitting():
         toy.assert_drawn_from(samples.tokens, toy.first_hitting(table, ALL_MASKED, 4))
 
 
+@functools.partial(jax.jit, static_argnames=("update", "taken"))
+def take_steps(keys, canvas, log_table, update, taken):
+    denoiser = Denoiser(lambda h: h, Truncation().draw, toy.MASK)
+    filling, carry = Filling(canvas, jnp.zeros(canvas.shape)), update.init(keys, canvas == toy.MASK)
+    for step in range(taken):
+        masked = filling.tokens == toy.MASK
+        hidden = log_table[filling.tokens @ toy.INDEX]
+        filling, carry = update.step(denoiser, categorical.fold_in(keys, step), filling, masked, hidden, carry)
+    return filling.tokens
+
+
 @pytest.mark.parametrize(
-    ("eta", "num_steps", "row"), [(1.0, 5, ALL_MASKED), (0.5, 3, GAP), (0.0, 4, ALL_MASKED), (1.0, 1, PROMPTED)]
+    ("eta", "num_steps", "taken", "row"), [(1.0, 5, 3, ALL_MASKED), (0.5, 3, 2, GAP), (0.0, 4, 3, ALL_MASKED)]
 )
-def test_remasking_has_the_enumerated_distribution(eta, num_steps, row):
+def test_remasking_has_the_enumerated_distribution_at_every_step(eta, num_steps, taken, row):
     """The table does not depend on the state, so that a token's confidence can be read off the token."""
     table = np.broadcast_to(toy.random_table(6)[:1], (toy.V**toy.L, toy.L, toy.V))
+    log_table = jnp.log(jnp.asarray(table, jnp.float32))
+    tokens = take_steps(keys(0), canvases(row), log_table, Remasking(num_steps, eta), taken)
+    exact = toy.remasking(table, row, num_steps, eta, taken)
+    toy.assert_drawn_from(tokens, exact)
+    if eta:
+        assert toy.total_variation(exact, toy.remasking(table, row, num_steps, 0.0, taken)) > 0.05
+
+
+@pytest.mark.parametrize(("eta", "num_steps", "row"), [(1.0, 5, ALL_MASKED), (1.0, 1, PROMPTED)])
+def test_remasking_ends_with_no_mask(eta, num_steps, row):
+    table = np.broadcast_to(toy.random_table(6)[:1], (toy.V**toy.L, toy.L, toy.V))
     samples = sample_blocks(table, Remasking(num_steps, eta), 4, 1.0, row)
-    exact = toy.remasking(table, row, num_steps, eta)
-    toy.assert_drawn_from(samples.tokens, exact)
+    toy.assert_drawn_from(samples.tokens, toy.remasking(table, row, num_steps, eta, num_steps))
     assert (samples.nfe.sum(1) == num_steps).all()
-    if eta == 0:
-        np.testing.assert_allclose(exact, toy.ancestral(table, row, 4, num_steps), atol=1e-12)
-    else:
-        assert toy.total_variation(exact, toy.ancestral(table, row, 4, num_steps)) > (0.01 if num_steps > 3 else -1)
 
 
 def exact_analytic(table, row, num_steps, p):

@@ -119,14 +119,17 @@ def by_candidates(
     return distribution
 
 
-def remasking(table: np.ndarray, canvas: list[int], num_steps: int, eta: float) -> np.ndarray:
-    """Exact distribution over states of ReMDM-conf in one block, for a table that is the same in every state."""
+def remasking(table: np.ndarray, canvas: list[int], num_steps: int, eta: float, taken: int) -> np.ndarray:
+    """Exact distribution over states of ReMDM-conf in one block, for a table that is the same in every state.
+
+    `taken`: how many of the T steps.
+    """
     distribution, given = start_at(canvas), np.asarray(canvas) != MASK
     ours = (STATES != MASK) & ~given
     psi = np.take_along_axis(table, STATES[..., None], -1)[..., 0]
     weights = np.where(ours, np.exp(-psi), 0)
     share = weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)
-    for step in range(num_steps):
+    for step in range(taken):
         alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
         unmask = (alpha_s - alpha_t) / (1 - alpha_t)
         sigma = eta * min(1, (1 - alpha_s) / alpha_t) if alpha_t else 0.0
