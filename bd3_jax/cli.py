@@ -66,6 +66,26 @@ def report(argv: Sequence[str]) -> None:
     print(f"report in {write_report(folder)}")
 
 
+def judge(argv: Sequence[str]) -> None:
+    """How likely another language model finds texts: generative perplexity, entropy, lengths, distinct n-grams.
+
+    bd3 judge FILE.jsonl [--judge=gpt2-large] [--max_length=N]
+
+    FILE.jsonl    samples.jsonl of a run, or any file with an object with a "text" a line
+    --judge       a causal model of the library transformers: a name on the hub, a folder, a .gguf file
+    --max_length  of the judge's tokens, BOS included; 0: all
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("judge", "gpt2-large", "a causal language model", flag_values=values)
+    flags.DEFINE_integer("max_length", 0, "tokens", lower_bound=0, flag_values=values)
+    paths = command_line.positional(argv, values, usage=judge.__doc__ or "")
+    if len(paths) != 1:
+        raise UserError(f"bd3 judge takes one file, as in bd3 judge runs/quickstart/samples.jsonl; found {len(paths)}")
+    from bd3_jax.evaluation import generative
+
+    print(generative.table(generative.judge_file(epath.Path(paths[0]), values["judge"].value, values.max_length)))
+
+
 def _one_folder(argv: Sequence[str], usage: str, example: str) -> epath.Path:
     if "--help" in argv or "-h" in argv:
         print(usage.strip())
@@ -168,6 +188,7 @@ VERBS = {
     "train": Verb("train a model, or train it on", partial(entry.run, mode="train")),
     "eval": Verb("likelihood and perplexity of a checkpoint on a prepared split", partial(entry.run, mode="eval")),
     "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),
+    "judge": Verb("generative perplexity of samples, by another language model", judge),
     "convert": Verb("write a checkpoint in the authors' layout, or in ours", convert),
     "parity": Verb("compare with numbers stored by the authors' implementation", parity),
     "compile": Verb("whether a run fits a machine that is not at hand, and what it costs", compile_program),

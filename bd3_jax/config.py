@@ -17,13 +17,17 @@ from bd3_jax.errors import UserError, require_text
 Objective = Literal["ar", "mdlm", "sedd", "bd3lm"]
 ScheduleName = Literal["loglinear", "square", "square_root", "log", "cosine", "scaled_loglinear"]
 Estimator = Literal["monte_carlo", "low_variance"]
-SamplerName = Literal["first_hitting", "ancestral", "analytic", "autoregressive"]
+SamplerName = Literal[
+    "first_hitting", "ancestral", "confidence", "threshold", "entropy_bounded", "remasking",
+    "analytic", "autoregressive",
+]  # fmt: skip
 
 # Which samplers can draw from which model: SUBS models predict x0, SEDD a ratio, AR the next token.
+_OF_MASKED_MODELS = ("first_hitting", "ancestral", "confidence", "threshold", "entropy_bounded", "remasking")
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "ar": ("autoregressive",),
-    "mdlm": ("first_hitting", "ancestral"),
-    "bd3lm": ("first_hitting", "ancestral"),
+    "mdlm": _OF_MASKED_MODELS,
+    "bd3lm": _OF_MASKED_MODELS,
     "sedd": ("analytic",),
 }
 
@@ -121,10 +125,18 @@ class SamplingConfig:
     num_samples: int
     batch_size: int
     prompt: str
+    infill: str
     max_length: int
     num_steps: int
+    tokens_per_step: int
+    threshold: float
+    entropy_bound: float
+    remasking: float
     nucleus: float
+    top_k: int
     temperature: float
+    variable_length: bool
+    min_entropy: float
     kv_cache: bool
     seed: int
     weights: Literal["ema", "raw"]
@@ -300,10 +312,20 @@ def _check(c: Config) -> None:
     s = c.sampling
     allowed = SAMPLERS[c.objective]
     require(s.sampler in allowed, "sampling.sampler", s.sampler, f"{', '.join(allowed)} for objective {c.objective}")
-    for name in ("num_samples", "batch_size", "num_steps"):
+    for name in ("num_samples", "batch_size", "num_steps", "tokens_per_step"):
         at_least(1, f"sampling.{name}")
     at_least(2, "sampling.max_length")
     require(0 < s.nucleus <= 1, "sampling.nucleus", s.nucleus, "0 < P <= 1")
+    fillable = c.objective != "ar" or not s.infill
+    require(fillable, "sampling.infill", s.infill, "empty for objective ar, which cannot see what follows a gap")
+    require(0 <= s.threshold <= 1, "sampling.threshold", s.threshold, "0 to 1")
+    require(s.entropy_bound >= 0, "sampling.entropy_bound", s.entropy_bound, "0 or more")
+    require(0 <= s.remasking <= 1, "sampling.remasking", s.remasking, "0 to 1")
+    at_least(0, "sampling.top_k")
+    untruncated = c.objective != "sedd" or s.top_k == 0
+    require(untruncated, "sampling.top_k", s.top_k, "0 for objective sedd, whose scores are ratios of probabilities")
+    auto = s.min_entropy == -1 or s.min_entropy >= 0
+    require(auto, "sampling.min_entropy", s.min_entropy, "0 or more, or -1 for the tokenizer's own")
     require(s.temperature >= 1e-3, "sampling.temperature", s.temperature, "1e-3 or more")
 
     for name in ("fsdp", "tensor"):

@@ -9,6 +9,8 @@ bd3 eval --suite=zeroshot      evaluates the newest on every corpus of the paper
 
 --config   settings, as in configs/quickstart.py:bd3lm,block_size=8; without it, those in DIR/config.json
 --workdir  folder of the run: checkpoints, metrics, samples
+--trace    (sample) also writes DIR/trace.html, which replays how the samples were drawn
+--watch    (sample) shows the samples in the terminal as they fill up, one at a time
 --config.GROUP.NAME=VALUE  overrides one setting; configs/base.py lists them with their meaning
 
 On several hosts the same command runs on each. They find each other on TPU and under Slurm; elsewhere by
@@ -43,7 +45,8 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("heartbeat_timeout", 100, "seconds", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("watch", False, "evaluate every checkpoint of the run", flag_values=values)
+    flags.DEFINE_boolean("trace", False, "write a replay of the samples", flag_values=values)
+    flags.DEFINE_boolean("watch", False, "evaluate every checkpoint, or show samples as they fill", flag_values=values)
     flags.DEFINE_enum("suite", None, ("zeroshot",), "corpora to evaluate on", flag_values=values)
     flags.DEFINE_string("suite_data", "data", "folder with a prepared folder a corpus", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
@@ -52,8 +55,10 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
     watched, suite = values["watch"].value, values["suite"].value
-    if (watched or suite) and mode != "eval":
-        raise UserError(f"--{'watch' if watched else 'suite'} is for eval, not for {mode}")
+    traced = values["trace"].value
+    for name, allowed in (("trace", ("sample",)), ("watch", ("eval", "sample")), ("suite", ("eval",))):
+        if values[name].value and mode not in allowed:
+            raise UserError(f"--{name} is for {' and '.join(allowed)}, not for {mode}")
     if watched and suite:
         raise UserError("--watch and --suite are both given; allowed: one of them")
 
@@ -67,6 +72,10 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
             from bd3_jax.training.loop import train
 
             train(config, workdir)
+        elif mode == "sample":
+            from bd3_jax.sampling.run import sample
+
+            sample(config, workdir, trace=traced, watch=watched)
         elif watched:
             from bd3_jax.evaluation.watch import watch
 
@@ -75,14 +84,10 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
             from bd3_jax.evaluation.suite import evaluate_suite
 
             evaluate_suite(config, workdir, reachable(values["suite_data"].value, "--suite_data"))
-        elif mode == "eval":
+        else:
             from bd3_jax.evaluation.perplexity import evaluate
 
             evaluate(config, workdir)
-        else:
-            from bd3_jax.sampling.run import sample
-
-            sample(config, workdir)
 
 
 if __name__ == "__main__":

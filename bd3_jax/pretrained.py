@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,8 +19,11 @@ from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, sequence_losses
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
-from bd3_jax.sampling.run import Sample, draw
+from bd3_jax.sampling.drawing import draw
+from bd3_jax.sampling.infilling import resolve
+from bd3_jax.sampling.run import Sample, batch_size
 from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.sampling.streaming import pieces
 from bd3_jax.special_ids import SpecialIds
 
 BERT_VOCABULARY, BERT_CLS, BERT_MASK = 30522, 101, 103
@@ -105,27 +107,47 @@ class Pretrained:
             raise UserError("sigma is missing: the network is fed the total noise of every sequence")
         return _apply(model)(self.params, tokens, clean, sigma)
 
-    def sample(self, prompt: str | Sequence[int] = "", **settings: Any) -> list[Sample]:
-        """Draws samples that begin with the prompt.
+    def sample(
+        self, prompt: str | Sequence[int] = "", *, infill: str | Sequence[int | None] = "", **settings: Any
+    ) -> list[Sample]:
+        """Draws samples that begin with the prompt, or fill the gaps of `infill`.
 
         Args:
           prompt: text, or token ids without BOS.
+          infill: a text with gaps, as in "The [MASK*3] of the city", or token ids without BOS, None where one is to be
+            drawn. BD3-LM sees what comes before a gap and the rest of its block, MDLM and SEDD see all.
           **settings: fields of `config.sampling`, as in num_samples=8, max_length=256, nucleus=0.95, seed=1; what is
             left out is as in `self.config.sampling`.
 
         Raises:
-          UserError: a setting that is unknown or that the model cannot serve, or a text prompt without a tokenizer.
+          UserError: a setting that is unknown or that the model cannot serve, or a text without a tokenizer.
         """
+        sampler, row = self._sampler(prompt, infill, settings)
+        c = sampler.config
+        drawn = draw(sampler, self.params, row, c.num_samples, batch_size(c, self.model))
+        return [Sample.of(each, c.seed, self.step or 0, self.tokenizer) for each in drawn]
+
+    def stream(self, prompt: str | Sequence[int] = "", **settings: Any) -> Iterator[str]:
+        """Pieces of one sample's text, prompt included, as its blocks finish: those of `sample(prompt, ...)[0]`.
+
+        A sample that becomes degenerate is not drawn anew but ends. Raises UserError like `sample`, before any piece.
+        """
+        sampler, row = self._sampler(prompt, "", settings | {"num_samples": 1})
+        return pieces(sampler, self.params, row, self.text_tokenizer())
+
+    def _sampler(
+        self, prompt: str | Sequence[int], infill: str | Sequence[int | None], settings: dict[str, Any]
+    ) -> tuple[Sampler, Int[np.ndarray, "S"]]:
         c = self._with("sampling", settings).sampling
         if self.objective != "sedd" and self.model.network.time_conditioned:
             raise UserError(
                 f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
             )
+        if len(infill) and self.objective == "ar":
+            raise UserError("infill is for models that denoise; ar cannot see what follows a gap")
+        c, given = resolve(c, lambda text: self.text_tokenizer().encode(text), prompt, infill)
         sampler = Sampler.from_config(self.model, c)
-        row = sampler.canvas([self._prompt_ids(prompt if len(prompt) else c.prompt)])[0]
-        return [
-            drawn for batch in draw(c, sampler, self.params, row, self.tokenizer, self.step or 0) for drawn in batch
-        ]
+        return sampler, sampler.canvas([given])[0]
 
     def perplexity(self, texts: str | Sequence[str] | Int[Any, "n L"], **settings: Any) -> Result:
         """NLL (bound), perplexity and standard error, without dropout; position 0 counts as the model wants it.
@@ -157,14 +179,6 @@ class Pretrained:
             model, losses, rows.shape[1], c.estimator,
             split="given", insert_special=False, insert_eos=are_texts,
         )  # fmt: skip
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.text_tokenizer().encode(prompt) if prompt else []
-        try:
-            return [operator.index(token) for token in prompt]
-        except TypeError:
-            raise UserError(f"the prompt is {prompt!r:.80}; allowed: text, or token ids") from None
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises UserError that says what to do where there is none."""
@@ -272,6 +286,11 @@ def load_pretrained(
     abstract = network.abstract_params()
     params = opened.load(abstract, jax.tree.map(lambda _: everywhere, abstract))
     return Pretrained(str(source), architecture, config, model, params, found, opened.run, opened.step, reason)
+
+
+def stream(model: Pretrained, prompt: str | Sequence[int] = "", **settings: Any) -> Iterator[str]:
+    """`for piece in bd3_jax.stream(model, "The city"): print(piece, end="", flush=True)`; see `Pretrained.stream`."""
+    return model.stream(prompt, **settings)
 
 
 def _override(source: Source, objective: str | None, block_size: int | None) -> tuple[Architecture, Config]:

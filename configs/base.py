@@ -100,14 +100,25 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 weights="ema",  # ema or raw, in --mode=eval; a validation during training always takes ema
             ),
             sampling=dict(
-                sampler=sampler,  # first_hitting or ancestral (mdlm, bd3lm), analytic (sedd), autoregressive (ar)
+                # mdlm, bd3lm: first_hitting, ancestral, confidence, threshold, entropy_bounded or remasking;
+                # sedd: analytic; ar: autoregressive
+                sampler=sampler,
                 num_samples=4,
                 batch_size=4,  # sequences drawn at a time
                 prompt="",  # text that every sample starts with; it is never changed
+                infill="",  # instead: a text with gaps, as in 'The [MASK*3] of the city', to be filled
                 max_length=1024,  # tokens per sample, the prompt and BOS included
-                num_steps=1000,  # T of the ancestral and analytic samplers; per block for bd3lm
+                num_steps=1000,  # T of ancestral, remasking and analytic; per block for bd3lm
+                tokens_per_step=1,  # of confidence: how many of the likeliest draws each network call keeps
+                threshold=0.9,  # of threshold: draws likelier than this are kept, at least one a call
+                entropy_bound=0.1,  # of entropy_bounded: nats that draws at one call may miss of each other
+                remasking=1.0,  # of remasking: eta, how readily drawn tokens are taken back; 0: never
                 nucleus=nucleus,  # P: draw from the smallest set that holds this much probability
+                top_k=0,  # draw from the k most probable tokens; 0: from all
                 temperature=1.0,  # divides the logits; 1e-3 or more
+                variable_length=False,  # a sample ends after its second EOS, max_length at the latest
+                min_entropy=-1.0,  # nats, of the last 256 tokens; below it a sample is degenerate: discarded and drawn
+                # anew, or cut off if variable_length. 0: any will do; -1: 4 with a vocabulary like GPT-2's, else 0
                 kv_cache=True,  # keep keys and values of finished blocks (ar, bd3lm)
                 seed=0,
                 weights="ema",  # ema or raw

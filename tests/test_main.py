@@ -39,7 +39,7 @@ def calls(monkeypatch):
     made = []
     for name, (module, function) in PROGRAMS.items():
         stand_in = types.ModuleType(module)
-        setattr(stand_in, function, lambda *args, name=name: made.append((name, *args)))
+        setattr(stand_in, function, lambda *args, name=name, **named: made.append((name, *args, *named.items())))
         monkeypatch.setitem(sys.modules, module, stand_in)
     return made
 
@@ -50,10 +50,18 @@ def test_main_and_bd3_are_the_same_entry(mode, calls):
     assert entry.main([*flags, f"--mode={mode}"]) == 0
     assert cli.main([mode, *flags]) == 0
     assert calls[0] == calls[1]
-    name, config, workdir = calls[0]
+    name, config, workdir, *named = calls[0]
     assert (name, str(workdir)) == (mode, "run")
+    assert named == ([("trace", False), ("watch", False)] if mode == "sample" else [])
     assert isinstance(config, Config)
     assert (config.model.width, config.sampling.prompt, config.block_size) == (64, "a = b", 8)
+
+
+def test_flags_of_sample_alone(calls, capsys):
+    assert cli.main(["sample", CONFIG, "--workdir=run", "--trace", "--watch"]) == 0
+    assert calls[0][3:] == (("trace", True), ("watch", True))
+    assert cli.main(["train", CONFIG, "--workdir=run", "--trace"]) == 2
+    assert capsys.readouterr().err == "error: --trace is for sample, found it with train\n"
 
 
 def test_prepare_needs_no_workdir(calls):
@@ -94,6 +102,18 @@ def test_without_config_the_settings_of_the_run_are_used(tmp_path, calls):
     assert calls[0][1] == recorded
     assert calls[1][1].sampling.nucleus == 0.5
     assert calls[1][1].model == recorded.model
+
+
+def test_settings_that_a_run_does_not_know_yet_have_their_defaults(tmp_path, calls):
+    settings = from_config_dict(quickstart.get_config()).to_dict()
+    settings["sampling"]["nucleus"] = 0.5
+    for name in ("top_k", "infill"):
+        del settings["sampling"][name]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    assert cli.main(["sample", "--workdir=run"]) == 0
+    found = calls[0][1].sampling
+    assert (found.nucleus, found.top_k, found.infill) == (0.5, 0, "")
 
 
 def test_flags_can_come_from_a_file(tmp_path, calls):

@@ -101,9 +101,11 @@ def _open_run(name: str, workdir: epath.Path, weights: Weights) -> Source:
 
 def read_config(workdir: epath.Path) -> Config:
     """The settings of a run. Raises UserError where they are missing or damaged."""
+    from bd3_jax.configs.workdir import with_new_fields
+
     path = workdir / run_folder.FILE_NAME
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = with_new_fields(json.loads(path.read_text(encoding="utf-8")))
         return from_config_dict(ConfigDict(settings))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from None

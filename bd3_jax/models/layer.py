@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.models import chunked
 
@@ -156,7 +156,13 @@ class Layer:
     dropout: float = dataclasses.field(metadata=dict(static=True))
 
     def __call__(
-        self, x: Streams, rotary: tuple[Array, Array], attend: Attend, key: PRNGKeyArray | None, streams: int
+        self,
+        x: Streams,
+        rotary: tuple[Array, Array],
+        attend: Attend,
+        key: PRNGKeyArray | None,
+        streams: int,
+        at: Int[Array, "b n"] | None = None,
     ) -> tuple[Streams, tuple[Array, Array]]:
         """The residual stream after this layer, and the keys (rotated) and values `[b, h, s, L, k]`.
 
@@ -166,14 +172,19 @@ class Layer:
           attend: the attention pattern, (q, k, v) -> the result for the streams of q.
           key: None turns dropout off.
           streams: only the first so many go on. The last layer's clean half is needed for its keys and values alone.
+          at: only these of the L positions go on; None: all.
         """
         key_a, key_m = (None, None) if key is None else jax.random.split(key)
         y = normalise(x)
-        x, y_q = x[:, :streams], y[:, :streams]
+        x, y_q, rotary_q = x[:, :streams], y[:, :streams], rotary
+        if at is not None:
+            x, y_q = (jnp.take_along_axis(each, at[:, None, :, None], axis=2) for each in (x, y_q))
+            cos, sin = (jnp.take_along_axis(each, at[:, None, None, :, None], axis=3) for each in rotary)
+            rotary_q = cos, sin
         q, k, v = (
             checkpoint_name(heads, HEADS)
             for heads in (
-                rotate(_heads_first(self.q(y_q)), *rotary),
+                rotate(_heads_first(self.q(y_q)), *rotary_q),
                 rotate(_heads_first(self.k(y)), *rotary),
                 _heads_first(self.v(y)),
             )

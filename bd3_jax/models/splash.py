@@ -5,6 +5,7 @@ Both streams lie one after the other in a sequence of 2L, whose mask the kernel 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def block_diffusion(length: int, block_size: int) -> Visible:
     return visible
 
 
-def _divide(x: Array | np.ndarray, by: int) -> Array:
+def _divide(x: Any, by: int) -> Any:
     """x // by for x >= 0: in the kernel without the sign's treatment, which has no lowering for absent devices."""
     return x // by if isinstance(x, np.ndarray) else jax.lax.div(x, jnp.int32(by))
 

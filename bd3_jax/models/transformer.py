@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,16 @@ class Transformer(nnx.Module):
             shift, scale = jnp.moveaxis(self.final_modulation(cond), 1, 0)[:, :, None, :]
             y = y * (1 + scale) + shift
         return y.astype(x.dtype)
+
+
+class Frozen(NamedTuple):
+    """Parameters as `Network.decode` reads them: what is computed from them alone is there already.
+
+    layers: `Layer`, stacked on axis 0, or a tuple with one of each layer.
+    """
+
+    params: Params
+    layers: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,38 +290,96 @@ class Network:
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens of clean context per sequence, a multiple of the block size."""
         head_dim = self.model.width // self.model.num_heads
-        shape = (self.model.num_layers, batch, self.model.num_heads, capacity, head_dim)
-        # Two arrays, not one twice: each may be donated.
-        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros((batch,), jnp.int32))
+        shape = (batch, self.model.num_heads, capacity, head_dim)
+
+        def zeros() -> Any:
+            # An array of its own for each, so that all may be donated.
+            if self._is_unrolled:
+                return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.model.num_layers))
+            return jnp.zeros((self.model.num_layers, *shape), self.dtype)
+
+        return KVCache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def _is_unrolled(self) -> bool:
+        """Whether decoding goes through the layers without a scan."""
+        return self._unroll >= self.model.num_layers
+
+    def freeze(self, params: Params) -> Frozen:
+        """What is the same at every call of `decode`, done once: the layers' weights as they compute.
+
+        Where layers are scanned they stay stacked; where they are unrolled each has its own arrays, since a loop over
+        calls would copy each layer's part of the stack again and again.
+        """
+        transformer = self._merge(params)
+        graph, blocks = nnx.split(transformer.blocks)
+        cond = self._cond(transformer, None)
+        layers = jax.vmap(lambda block: nnx.merge(graph, block).layer(cond, self.dtype))(blocks)
+        if self._is_unrolled:
+            each = (jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(self.model.num_layers))
+            layers = jax.lax.optimization_barrier(tuple(each))
+        return Frozen(params, layers)
 
     def decode(
-        self, params: Params, tokens: Int[Array, "b B"], cache: KVCache
-    ) -> tuple[Float[Array, "b B d"], KVBlock]:
-        """Hidden states of the current block, which sees all of itself and the cache, and its keys and values.
+        self,
+        params: Params | Frozen,
+        tokens: Int[Array, "b T"],
+        cache: KVCache,
+        block_size: int | None = None,
+        at: Int[Array, "b n"] | None = None,
+    ) -> tuple[Float[Array, "b n d"], KVBlock]:
+        """Hidden states of the newest tokens, which see the cache and each other, and their keys and values.
 
-        The cache is not changed: `KVCache.append` stores the block once its tokens are final. For networks that are
-        not conditioned on time.
+        The cache is not changed: `KVCache.append` stores a block once its tokens are final. For networks that are not
+        conditioned on time.
+
+        Args:
+          params: see `init`; frozen where there are many calls.
+          tokens: they follow what is cached; one block, or several, which see each other block-causally. At negative
+            positions (see `KVCache`) they are seen by nobody but their own block.
+          cache: of earlier tokens.
+          block_size: None: T.
+          at: which of the tokens hidden states are wanted of; None: all. The last layer does no work for the others
+            but their keys and values.
         """
-        transformer, dtype = self._merge(params), self.dtype
-        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(dtype)[:, None]
-        cond = self._cond(transformer, None)
+        frozen = params if isinstance(params, Frozen) else self.freeze(params)
+        transformer = self._merge(frozen.params)
+        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(self.dtype)[:, None]
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
-        rotary = (cos[:, None, None], sin[:, None, None])  # broadcast over streams and heads
-        graph, blocks = nnx.split(transformer.blocks)
-        valid = cache.valid
+        rotary = (cos[:, None, None], sin[:, None, None])  # broadcast over heads and streams
+        valid, own = cache.valid, None
+        if block_size is not None and block_size < tokens.shape[1]:
+            number = positions // block_size
+            same, earlier = number[:, :, None] == number[:, None, :], number[:, :, None] > number[:, None, :]
+            own = same | (earlier & (positions >= 0)[:, None, :])
 
-        def apply_block(x: Array, xs: tuple[Any, Array, Array]) -> tuple[Array, KVBlock]:
-            block, keys, values = xs
+        def apply_layer(x: Array, xs: tuple[Any, Array, Array], at: Array | None = None) -> tuple[Array, KVBlock]:
+            layer, keys, values = xs
+            seen = own if own is None or at is None else jnp.take_along_axis(own, at[..., None], axis=1)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                return attention.cached(q[:, :, 0], k[:, :, 0], v[:, :, 0], keys, values, valid)[:, :, None]
+                return attention.cached(q[:, :, 0], k[:, :, 0], v[:, :, 0], keys, values, valid, seen)[:, :, None]
 
-            x, (k, v) = nnx.merge(graph, block).layer(cond, dtype)(x, rotary, attend, None, 1)
+            x, (k, v) = layer(x, rotary, attend, None, 1, at)
             return x, KVBlock(k[:, :, 0], v[:, :, 0])
 
-        x, stored = jax.lax.scan(apply_block, x, (blocks, cache.keys, cache.values), unroll=self._unroll)
-        return transformer.finish(x[:, 0], cond), stored
+        # The last layer stands apart: it is needed at fewer positions.
+        last = self.model.num_layers - 1
+        if self._is_unrolled:
+            stored = []
+            for n, xs in enumerate(zip(frozen.layers, cache.keys, cache.values, strict=True)):
+                x, new = apply_layer(x, xs, at if n == last else None)
+                stored.append(new)
+            block = KVBlock(tuple(new.keys for new in stored), tuple(new.values for new in stored))
+        else:
+            stacked = frozen.layers, cache.keys, cache.values
+            over: Any = apply_layer  # the scan gives no `at`
+            of_all_but_last = jax.tree.map(lambda leaf: leaf[:last], stacked)
+            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self._unroll)
+            x, new = apply_layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
+            block = jax.tree.map(lambda before, newest: jnp.concatenate([before, newest[None]]), earlier, new)
+        return transformer.finish(x[:, 0], self._cond(transformer, None)), block
 
     def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""

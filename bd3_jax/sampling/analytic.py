@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.diffusion.schedules import get_schedule
 from bd3_jax.sampling import categorical
-from bd3_jax.sampling.block import Samples
+from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.nucleus import nucleus
-from bd3_jax.sampling.updates import fill
+from bd3_jax.sampling.updates import Denoiser, Filling, fill
 
 END = 1e-5
 """The time at which the steps end and the denoising step begins."""
@@ -55,7 +55,7 @@ def sample(
     keys: PRNGKeyArray,
     canvas: Int[Array, "b L"],
     batch_shards: int = 1,
-) -> Samples:
+) -> Filled:
     """T steps from t = 1 to 1e-5, then one that removes what noise is left: T + 1 network calls.
 
     Unmasked tokens never change under the absorbing process, so only masked positions are looked at: first whether
@@ -79,7 +79,11 @@ def sample(
         ratios = score(log_score(states, sigma), p)
         return step_probs(ratios, jnp.full(ratios.shape[:-1], mask), dsigma, mask)
 
-    def advance(step: Array | int, tokens: Array, sigma: Array, dsigma: Array, *, final: bool) -> Array:
+    def advance(
+        step: Array | int, state: tuple[Filling, Array], sigma: Array, dsigma: Array, *, final: bool
+    ) -> tuple[Filling, Array]:
+        filling, drawn_at = state
+        tokens = filling.tokens
         key_leave, key_token = categorical.split(categorical.fold_in(keys, step))
         states = hidden(tokens, jnp.broadcast_to(sigma, (batch,)))
         leaving = tokens == mask
@@ -100,16 +104,20 @@ def sample(
             log_probs = jnp.log(probs_at(at_position, sigma, dsigma).at[..., mask].set(0))
             # A nucleus that holds the mask alone leaves the denoising step nothing to draw from but all the tokens.
             unfiltered = log_score(at_position, sigma).at[..., mask].set(-jnp.inf)
-            return jnp.where(jnp.isneginf(log_probs).all(axis=-1, keepdims=True), unfiltered, log_probs)
+            nothing = jnp.isneginf(log_probs).all(axis=-1, keepdims=True)
+            return jax.nn.log_softmax(jnp.where(nothing, unfiltered, log_probs), axis=-1)
 
-        return fill(log_probs, key_token, tokens, states, leaving)
+        filling = fill(Denoiser(log_probs, categorical.draw, mask), key_token, filling, states, leaving)
+        return filling, jnp.where(leaving, step + 1, drawn_at)
 
-    def one_step(step: Array, tokens: Array) -> Array:
+    def one_step(step: Array, state: tuple[Filling, Array]) -> tuple[Filling, Array]:
         t = 1 - step * dt
         sigma = sigma_at(t)
-        return advance(step, tokens, sigma, sigma - sigma_at(t - dt), final=False)
+        return advance(step, state, sigma, sigma - sigma_at(t - dt), final=False)
 
-    tokens = jax.lax.fori_loop(0, num_steps, one_step, canvas)
+    state = Filling(canvas, jnp.zeros(canvas.shape, jnp.float32)), jnp.zeros_like(canvas)
+    state = jax.lax.fori_loop(0, num_steps, one_step, state)
     sigma = sigma_at(jnp.asarray(END))
-    tokens = advance(num_steps, tokens, sigma, sigma, final=True)
-    return Samples(tokens, jnp.full((batch,), num_steps + 1), jnp.zeros((batch,), jnp.int32))
+    filling, drawn_at = advance(num_steps, state, sigma, sigma, final=True)
+    calls = jnp.full((batch, 1), num_steps + 1)
+    return Filled(filling.tokens, filling.confidence, drawn_at, calls, jnp.zeros((batch, 1), jnp.int32))

@@ -1,38 +1,26 @@
-"""Block after block: BD3-LM, and MDLM as the case of one block of L (Block Diffusion, algorithm 2).
+"""Block after block: BD3-LM, MDLM as the case of one block of L, AR as blocks of one (Block Diffusion, algorithm 2).
 
-A canvas `[b, S]` holds the given tokens and the mask id wherever one is to be drawn, so the prompt's length is data
-and not shape. Block n covers positions [n * stride, n * stride + size).
+Tokens that are given stand in the blocks from the beginning, the mask id stands wherever one is to be drawn: so the
+prompt's length is data and not shape, and gaps may be anywhere.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bd3_jax.models.transformer import Network, Params
+from bd3_jax.models.transformer import Params
 from bd3_jax.sampling import categorical
-from bd3_jax.sampling.updates import Denoiser, LogProbs, Update
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Finished canvases.
-
-    `nfe` counts the network calls that drew tokens of a sequence, `cache_calls` those that only stored keys and values.
-    """
-
-    tokens: Int[Array, "b S"]
-    nfe: Int[Array, "b"]
-    cache_calls: Int[Array, "b"]
+from bd3_jax.sampling.contexts import Context, Memory
+from bd3_jax.sampling.updates import Denoiser, Filling, Update
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a canvas is cut into blocks."""
+    """How a row of tokens is cut into blocks: block n covers [n * stride, n * stride + size)."""
 
     size: int
     stride: int
@@ -53,99 +41,103 @@ class Layout:
         return self.size + (self.num_blocks - 1) * self.stride
 
 
-class Context(NamedTuple):
-    """The network as seen from the current block.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """Finished blocks of a batch, n = K blocks of B tokens.
 
-    state: what is kept of finished blocks, a pytree.
-    hidden: (state, canvas `[b, S]`, start, tokens `[b, size]`) -> hidden states `[b, size, d]` of the block at `start`
-      when it holds `tokens`; the canvas holds what comes before it.
-    store: (state, tokens) -> the state with a finished block added, by one more network call; None: nothing is kept.
+    tokens: as given, and as drawn.
+    confidence: the probability, before truncation, with which a token was drawn; 0 where it was given.
+    drawn_at: at which network call of its block, counted from 1; 0 where it was given.
+    nfe: network calls of each block that drew tokens of the sequence.
+    cache_calls: network calls of each block that only stored keys and values.
     """
 
-    state: Any
-    hidden: Callable[[Any, Array, Array, Array], Float[Array, "b B d"]]
-    store: Callable[[Any, Array], Any] | None
+    tokens: Int[Array, "b n"]
+    confidence: Float[Array, "b n"]
+    drawn_at: Int[Array, "b n"]
+    nfe: Int[Array, "b K"]
+    cache_calls: Int[Array, "b K"]
 
 
-def cached(network: Network, params: Params, batch: int, capacity: int) -> Context:
-    """Only the current block is fed; the last `capacity` tokens before it are kept as keys and values.
+class _State(NamedTuple):
+    """Of a block on its way. `step` counts the network calls."""
 
-    Beyond the training context these still carry what has left the window, which a recomputed window does not.
-    """
-    return Context(
-        network.init_cache(batch, capacity),
-        lambda cache, canvas, start, tokens: network.decode(params, tokens, cache)[0],
-        lambda cache, tokens: cache.append(network.decode(params, tokens, cache)[1]),
-    )
+    step: Int[Array, ""]
+    filling: Filling
+    drawn_at: Int[Array, "b B"]
+    nfe: Int[Array, "b"]
+    carry: Any
 
 
-def windowed(network: Network, params: Params, window: int, block_size: int) -> Context:
-    """The last `window` tokens, the current block included, go through the network at every call."""
-
-    def hidden(_: None, canvas: Array, start: Array, tokens: Array) -> Array:
-        canvas = jax.lax.dynamic_update_slice_in_dim(canvas, tokens, start, axis=1)
-        first = jnp.maximum(0, start + tokens.shape[1] - window)
-        seen = jax.lax.dynamic_slice_in_dim(canvas, first, window, axis=1)
-        states = network.apply(params, seen, block_size)
-        return jax.lax.dynamic_slice_in_dim(states, start - first, tokens.shape[1], axis=1)
-
-    return Context(None, hidden, None)
-
-
-def sample(
+def fill_blocks(
     context: Context,
-    log_probs: LogProbs,
+    denoiser: Denoiser,
     update: Update,
-    layout: Layout,
-    mask: int,
+    wanted: int,
+    params: Params,
     keys: PRNGKeyArray,
-    canvas: Int[Array, "b S"],
-) -> Samples:
-    """Fills the masked positions of the canvas; the others never change.
+    memory: Memory,
+    first: Int[Array, "b"],
+    given: Int[Array, "b n"],
+) -> tuple[Memory, Filled]:
+    """Fills the masked positions of the next blocks; the others never change.
 
     Args:
       context: the network.
-      log_probs: see `Denoiser`.
+      denoiser: what it says.
       update: what happens within a block.
-      layout: S = layout.length.
-      mask: the mask's id.
+      wanted: only so many positions of a block are drawn, the others stay as they are.
+      params: of the network.
       keys: one for each sequence, `[b]`; a sequence depends on its own and on nothing else of the batch.
-      canvas: given tokens, and the mask's id elsewhere.
+      memory: of what comes before.
+      first: number of the first block, for each sequence.
+      given: tokens, and the mask's id elsewhere.
     """
-    zeros = jnp.zeros(canvas.shape[:1], jnp.int32)
+    batch, size, frozen = given.shape[0], context.size, context.freeze(params)
+    drawable = np.arange(size) < wanted
 
-    def one_block(index: Array, carry: tuple[Samples, Any]) -> tuple[Samples, Any]:
-        samples, state = carry
-        start = index * layout.stride
-        tokens = jax.lax.dynamic_slice_in_dim(samples.tokens, start, layout.size, axis=1)
-        denoiser = Denoiser(lambda tokens: context.hidden(state, samples.tokens, start, tokens), log_probs, mask)
-        tokens, nfe = fill_block(denoiser, update, categorical.fold_in(keys, index), tokens)
-        cache_calls = samples.cache_calls
-        if context.store is not None:
-            last = index == layout.num_blocks - 1
-            state = jax.lax.cond(last, lambda state, _: state, context.store, state, tokens)
-            cache_calls = cache_calls + ~last
-        canvas = jax.lax.dynamic_update_slice_in_dim(samples.tokens, tokens, start, axis=1)
-        return Samples(canvas, samples.nfe + nfe, cache_calls), state
+    def one_block(memory: Memory, block: tuple[Array, Array]) -> tuple[Memory, Filled]:
+        number, tokens = block
+        index = first + number
+        key_init, key_step = categorical.split(categorical.fold_in(keys, index))
 
-    samples, _ = jax.lax.fori_loop(0, layout.num_blocks, one_block, (Samples(canvas, zeros, zeros), context.state))
-    return samples
+        def masked(state: _State) -> Array:
+            return (state.filling.tokens == denoiser.mask) & drawable
 
+        def unfinished(state: _State) -> Array:
+            return update.unfinished(masked(state), state.carry)
 
-def fill_block(
-    denoiser: Denoiser, update: Update, keys: PRNGKeyArray, tokens: Int[Array, "b B"]
-) -> tuple[Int[Array, "b B"], Int[Array, "b"]]:
-    """Steps of `update` until nothing is masked, and the number of network calls that each sequence needed."""
-    key_init, key_step = categorical.split(keys)
+        def positions(state: _State) -> Array | None:
+            return update.positions(masked(state), state.carry)
 
-    def unfinished(tokens: Array) -> Array:
-        return (tokens == denoiser.mask).any(axis=1)
+        def advance(state: _State, hidden: Array) -> _State:
+            step_keys = categorical.fold_in(key_step, state.step)
+            filling, carry = update.step(denoiser, step_keys, state.filling, masked(state), hidden, state.carry)
+            nfe = state.nfe + unfinished(state)
+            drawn_at = jnp.where(filling.tokens != state.filling.tokens, nfe[:, None], state.drawn_at)
+            return _State(state.step + 1, filling, drawn_at, nfe, carry)
 
-    def step(state: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
-        index, tokens, nfe, carry = state
-        stepped, carry = update.step(denoiser, categorical.fold_in(key_step, index), tokens, carry)
-        return index + 1, stepped, nfe + unfinished(tokens), carry
+        zeros = jnp.zeros(batch, jnp.int32)
+        filling = Filling(tokens, jnp.zeros(tokens.shape, jnp.float32))
+        carry = update.init(key_init, (tokens == denoiser.mask) & drawable)
+        state = _State(jnp.zeros((), jnp.int32), filling, jnp.zeros_like(tokens), zeros, carry)
+        cache_calls = zeros
+        if context.stores:
+            cache_calls += ~unfinished(state)
+            hidden, memory = context.first(frozen, memory, index, tokens, positions(state))
+            state = advance(state, hidden)
 
-    start = (jnp.zeros((), jnp.int32), tokens, jnp.zeros(tokens.shape[:1], jnp.int32), update.init(key_init, tokens))
-    _, tokens, nfe, _ = jax.lax.while_loop(lambda state: unfinished(state[1]).any(), step, start)
-    return tokens, nfe
+        def look(state: _State) -> _State:
+            hidden = context.look(frozen, memory, index, state.filling.tokens, positions(state))
+            return advance(state, hidden)
+
+        state = jax.lax.while_loop(lambda state: unfinished(state).any(), look, state)
+        tokens = state.filling.tokens
+        filled = Filled(tokens, state.filling.confidence, state.drawn_at, state.nfe, cache_calls)
+        return context.finish(memory, index, tokens), filled
+
+    blocks = given.reshape(batch, -1, size).swapaxes(0, 1)
+    memory, filled = jax.lax.scan(one_block, memory, (jnp.arange(len(blocks)), blocks))
+    flat = lambda x: x.swapaxes(0, 1).reshape(batch, -1)
+    return memory, jax.tree.map(flat, filled)

@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
@@ -21,13 +18,16 @@ from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.folders import free_path, require_writable, writing
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
 from bd3_jax.sampling import statistics
-from bd3_jax.sampling.block import Samples
-from bd3_jax.sampling.sampler import Sampler, sequence_keys
+from bd3_jax.sampling.drawing import Drawn, draw
+from bd3_jax.sampling.infilling import resolve
+from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.sampling.streaming import Watch
+from bd3_jax.sampling.trace import Trace, page
 from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings
 
 FILE_NAME = "samples.jsonl"
+TRACE_FILE = "trace.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,14 @@ class Sample:
       step: of the checkpoint.
       text: without the BOS at the beginning; EOS and other special tokens are spelled out. None: no tokenizer.
       tokens: ids, BOS included.
+      stopped: why it ended before `sampling.max_length`: eos or entropy (see `stopping.py`); empty: it did not.
+      rejected: draws that were discarded before this one.
       nfe: network calls that drew its tokens.
       cache_calls: network calls that only stored keys and values.
       length: tokens of the re-tokenised text that are not EOS, BOS not counted.
       entropy: of the distribution of its tokens, nats.
-      seconds: of drawing its batch, without compilation, divided by the samples in it.
+      distinct_1, distinct_2, distinct_3: different n-grams of its tokens, divided by all of them.
+      seconds: of drawing it, discarded draws included, without compilation: its share where several are drawn at once.
     """
 
     index: int
@@ -52,23 +55,50 @@ class Sample:
     step: int
     text: str | None
     tokens: list[int]
+    stopped: str
+    rejected: int
     nfe: int
     cache_calls: int
     length: int
     entropy: float
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
     seconds: float
+
+    @classmethod
+    def of(cls, drawn: Drawn, seed: int, step: int, tokenizer: Tokenizer | None) -> "Sample":
+        """Without a tokenizer there is no text, and `length` counts all tokens as they were drawn."""
+        tokens = drawn.tokens.tolist()
+        return cls(
+            index=drawn.index, seed=seed, step=step,
+            text=tokenizer.decode(tokens[1:]) if tokenizer else None,
+            tokens=tokens, stopped=drawn.stopped, rejected=drawn.rejected,
+            nfe=drawn.nfe, cache_calls=drawn.cache_calls,
+            length=statistics.length(tokens, tokenizer) if tokenizer else len(tokens) - 1,
+            entropy=statistics.entropy(tokens),
+            **{f"distinct_{n}": statistics.distinct([tokens], n) for n in (1, 2, 3)},
+            seconds=drawn.seconds,
+        )  # fmt: skip
 
     def headline(self) -> str:
         figures = f"{self.length} tokens, {self.nfe} calls, entropy {self.entropy:.2f} nats, {self.seconds:.2f} s"
-        return f"--- sample {self.index}: {figures}"
+        ended = {"eos": ", ended by EOS", "entropy": ", cut off where it degenerates"}.get(self.stopped, "")
+        return f"--- sample {self.index}: {figures}{ended}"
 
 
-def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
+def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: bool = False) -> list[dict[str, Any]]:
     """Draws `config.sampling.num_samples` texts from a run's newest checkpoint, prints and writes them.
 
     `WORKDIR/samples.jsonl` always holds the newest samples, one object a line (see `Sample`), written as they are
     drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number. Batches and
     parameters are split over `config.mesh`; every host has all samples, the first prints and writes them.
+
+    Args:
+      config: all settings.
+      workdir: of the run.
+      trace: also writes `WORKDIR/trace.html`, which replays how the samples were drawn.
+      watch: shows the first of the samples drawn at a time in the terminal, as it fills up.
 
     Raises:
       UserError: if there is no checkpoint, or it cannot do what is asked.
@@ -84,78 +114,61 @@ def sample(config: Config, workdir: epath.Path) -> list[dict[str, Any]]:
         )
     tokenizer = load_tokenizer(workdir / "tokenizer")
     model = LanguageModel.from_config(config, tokenizer.ids, batch_shards(mesh))
-    sampler = Sampler.from_config(model, config.sampling)
     # The prompt is checked before anything is read or compiled.
-    row = sampler.canvas([tokenizer.encode(config.sampling.prompt)])[0]
+    c, given = resolve(config.sampling, tokenizer.encode)
+    sampler = Sampler.from_config(model, c)
+    row = sampler.canvas([given])[0]
     shardings = param_shardings(mesh, model.network)
     params, step = orbax.restore_params(config, workdir, config.sampling.weights, shardings)
 
     samples: list[Sample] = []
     path, kept, first = workdir / FILE_NAME, None, jax.process_index() == 0
-    with tqdm(total=config.sampling.num_samples, unit=" samples", file=sys.stderr, disable=not first) as progress:
-        for batch in draw(config.sampling, sampler, params, row, tokenizer, step, split_rows):
+    watcher = Watch(tokenizer) if watch and first else None
+    together = batch_size(c, model) if not watch else batch_shards(mesh)
+    traces: list[Trace] = []
+    with tqdm(total=c.num_samples, unit=" samples", file=sys.stderr, disable=not first or watch) as progress:
+        for drawn in draw(sampler, params, row, c.num_samples, together, split_rows, watcher):
+            new = Sample.of(drawn, c.seed, step, tokenizer)
+            if trace:
+                traces.append(Trace.of(drawn, sampler.layout.size, tokenizer))
             if first:
                 with writing(path):
                     if not samples:
                         kept = _make_way(path)
                     with path.open("a") as file:
-                        file.writelines(json.dumps(dataclasses.asdict(drawn)) + "\n" for drawn in batch)
-                for drawn in batch:
-                    progress.write(f"{drawn.headline()}\n{drawn.text}\n", file=sys.stdout)
-                progress.update(len(batch))
-            samples += batch
+                        file.write(json.dumps(dataclasses.asdict(new)) + "\n")
+                progress.write(f"{new.headline()}\n{new.text}\n", file=sys.stdout)
+                progress.update()
+            samples.append(new)
     if first:
+        print(summary(samples))
+        if trace:
+            with writing(workdir / TRACE_FILE):
+                (workdir / TRACE_FILE).write_text(page(f"{workdir.resolve().name}: {c.sampler}", traces))
+            print(f"trace in {workdir / TRACE_FILE}")
         print(f"{len(samples)} samples in {path}" + (f"; earlier ones are now in {kept}" if kept else ""))
-    return [dataclasses.asdict(drawn) for drawn in samples]
+    return [dataclasses.asdict(sample) for sample in samples]
 
 
-def draw(
-    c: SamplingConfig,
-    sampler: Sampler,
-    params: Params,
-    row: Int[np.ndarray, "S"],
-    tokenizer: Tokenizer | None,
-    step: int,
-    sharding: NamedSharding | None = None,
-) -> Iterator[list[Sample]]:
-    """Samples of one canvas row, batch by batch. All batches have one shape: the surplus of the last is dropped.
+def batch_size(c: SamplingConfig, model: LanguageModel) -> int:
+    """Sequences drawn at a time: as many as are asked for, if there are so many samples."""
+    parts = model.batch_shards
+    return min(c.batch_size, -(-c.num_samples // parts) * parts)
 
-    Without a tokenizer they have no text, and their length counts the tokens as they were drawn. `sharding` is that of
-    a batch of `c.batch_size` rows, where `params` are spread over a mesh; every host then gets all samples.
-    """
-    eos, parts = sampler.model.ids.eos, sampler.model.batch_shards
-    batch = min(c.batch_size, -(-c.num_samples // parts) * parts)
-    everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 
-    def fill(params: Params, indices: Int[Array, "b"], canvas: Int[Array, "b S"]) -> Samples:
-        return sampler(params, sequence_keys(c.seed, indices), canvas)
-
-    def indices(first: int) -> Int[Array, "b"]:
-        return jax.device_put(np.arange(first, first + batch), sharding)
-
-    canvas = jax.device_put(np.tile(row, (batch, 1)), sharding)
-    compiled = jax.jit(fill, out_shardings=everywhere).lower(params, indices(0), canvas).compile()
-    for first in range(0, c.num_samples, batch):
-        began = time.perf_counter()
-        result = jax.device_get(compiled(params, indices(first), canvas))
-        real = min(batch, c.num_samples - first)
-        seconds = (time.perf_counter() - began) / real
-        rows = [tokens.tolist() for tokens in result.tokens[:real]]
-        yield [
-            Sample(
-                index=first + place,
-                seed=c.seed,
-                step=step,
-                text=tokenizer.decode(tokens[1:]) if tokenizer else None,
-                tokens=tokens,
-                nfe=int(result.nfe[place]),
-                cache_calls=int(result.cache_calls[place]),
-                length=statistics.length(tokens, tokenizer) if tokenizer else sum(id != eos for id in tokens[1:]),
-                entropy=statistics.entropy(tokens),
-                seconds=seconds,
-            )
-            for place, tokens in enumerate(rows)
-        ]
+def summary(samples: Sequence[Sample]) -> str:
+    """Means over all samples, and the speed."""
+    mean = lambda name: np.mean([getattr(sample, name) for sample in samples])
+    tokens, seconds = sum(len(sample.tokens) for sample in samples), sum(sample.seconds for sample in samples)
+    lengths = [sample.length for sample in samples]
+    rows = [sample.tokens for sample in samples]
+    distinct = ", ".join(f"{statistics.distinct(rows, n):.3f}" for n in (1, 2, 3))
+    rejected = sum(sample.rejected for sample in samples)
+    return (
+        f"mean NFE {mean('nfe'):.1f}, length median {np.median(lengths):.0f} and maximum {max(lengths)}, "
+        f"mean entropy {mean('entropy'):.3f} nats, distinct-1, 2, 3 of all {distinct}, "
+        f"{tokens / seconds:,.1f} tokens/s" + (f", {rejected} draws discarded" if rejected else "")
+    )
 
 
 def _make_way(path: epath.Path) -> epath.Path | None:

@@ -1,4 +1,4 @@
-"""The samplers of a language model: chosen by name, compiled once, called with parameters, keys and a canvas."""
+"""The samplers of a language model: chosen by name, pure functions that draw the next blocks of a batch."""
 
 import dataclasses
 import functools
@@ -14,39 +14,39 @@ from bd3_jax.diffusion import objectives
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
-from bd3_jax.sampling import analytic, autoregressive, block
-from bd3_jax.sampling.block import Layout, Samples
-from bd3_jax.sampling.nucleus import nucleus
-from bd3_jax.sampling.updates import Ancestral, FirstHitting, Update
+from bd3_jax.sampling import analytic
+from bd3_jax.sampling.block import Filled, Layout, fill_blocks
+from bd3_jax.sampling.confidence import EntropyBounded, MostConfident, Remasking, Threshold
+from bd3_jax.sampling.contexts import Cached, CachedNextToken, Context, Memory, Windowed, WindowedNextToken
+from bd3_jax.sampling.truncation import Truncation
+from bd3_jax.sampling.updates import Ancestral, Denoiser, FirstHitting, Update
 
-# What fills a block of MDLM or BD3-LM, made from T.
-UPDATES: dict[str, Callable[[int], Update]] = {
-    "first_hitting": lambda num_steps: FirstHitting(),
-    "ancestral": Ancestral,
+TOKENS_PER_CALL = 32
+"""Blocks are drawn so many tokens at a time, or one by one if they are longer, before the host looks at them."""
+
+# What fills a block. AR is first-hitting in blocks of one token.
+UPDATES: dict[str, Callable[[SamplingConfig], Update]] = {
+    "autoregressive": lambda c: FirstHitting(),
+    "first_hitting": lambda c: FirstHitting(),
+    "ancestral": lambda c: Ancestral(c.num_steps),
+    "confidence": lambda c: MostConfident(c.tokens_per_step),
+    "threshold": lambda c: Threshold(c.threshold),
+    "entropy_bounded": lambda c: EntropyBounded(c.entropy_bound),
+    "remasking": lambda c: Remasking(c.num_steps, c.remasking),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A pure function `(params, keys, canvas) -> Samples`, for `jax.jit`; static and hashable.
+    """Static and hashable; `advance` is a pure function for `jax.jit`.
 
     Attributes:
       model: what is sampled from.
-      name: first_hitting, ancestral, analytic or autoregressive.
-      max_length: tokens wanted, the prompt and BOS included; a canvas may be longer, the surplus is cut.
-      num_steps: T of ancestral (for each block) and analytic.
-      nucleus: P in (0, 1].
-      temperature: divides the logits.
-      kv_cache: keep keys and values of finished blocks or tokens (BD3-LM, AR).
+      config: what is asked for; nothing in it that concerns texts or files is read here.
     """
 
     model: LanguageModel
-    name: str
-    max_length: int
-    num_steps: int
-    nucleus: float
-    temperature: float
-    kv_cache: bool
+    config: SamplingConfig
 
     @classmethod
     def from_config(cls, model: LanguageModel, c: SamplingConfig) -> "Sampler":
@@ -62,19 +62,38 @@ class Sampler:
                     f"config.sampling.temperature is {c.temperature}; allowed: 1 with the analytic sampler, "
                     "whose scores are ratios of probabilities"
                 )
-        return cls(model, c.sampler, c.max_length, c.num_steps, c.nucleus, c.temperature, c.kv_cache)
+        return cls(model, c)
+
+    @property
+    def program(self) -> "Sampler":
+        """The sampler that `advance` is compiled for: what it does not read has one value."""
+        c = dataclasses.replace(
+            self.config, seed=0, num_samples=1, batch_size=1, prompt="", infill="", weights="ema",
+            variable_length=False, min_entropy=0.0, max_length=min(self.config.max_length, self.model.length),
+        )  # fmt: skip
+        return dataclasses.replace(self, config=c)
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.model.block_size, self.model.length, self.max_length)
+        return Layout.of(self.model.block_size, self.model.length, self.config.max_length)
+
+    @property
+    def blocks_per_call(self) -> int:
+        """K: how many blocks one call of `advance` fills, as `draw` calls it; windows that overlap go one by one."""
+        layout = self.layout
+        if layout.stride < layout.size:
+            return 1
+        return min(max(1, TOKENS_PER_CALL // layout.size), layout.num_blocks)
 
     @property
     def canvas_length(self) -> int:
-        """S: `max_length`, for diffusion rounded up to whole blocks."""
-        return self.max_length if self.name == "autoregressive" else self.layout.length
+        """S: `max_length` rounded up to whole blocks."""
+        return self.layout.length
 
-    def canvas(self, prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "b S"]:
-        """One row per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
+    def canvas(self, prompts: Sequence[Sequence[int | None]]) -> Int[np.ndarray, "b S"]:
+        """One row of whole blocks per prompt: BOS, the prompt, and the mask's id wherever a token is to be drawn.
+
+        A prompt may have gaps, where it is None.
 
         Raises:
           UserError: a prompt is longer than the context or than `max_length`, or holds what is no token of a text.
@@ -82,56 +101,94 @@ class Sampler:
         canvas = np.full((len(prompts), self.canvas_length), self.model.ids.mask, np.int32)
         for row, prompt in zip(canvas, prompts, strict=True):
             given = [self.model.ids.bos, *prompt]
-            limit = min(self.max_length, self.model.length)
+            limit = self.config.max_length if None in prompt else min(self.config.max_length, self.model.length)
             if len(given) > limit:
                 raise UserError(
                     f"config.sampling.prompt has {len(given)} tokens with BOS; allowed: up to {limit} "
                     "(the smaller of sampling.max_length and model.length)"
                 )
             vocab_size, mask = self.model.ids.vocab_size, self.model.ids.mask
-            if wrong := [token for token in given if not 0 <= token < vocab_size or token == mask]:
+            tokens = [token for token in given if token is not None]
+            if wrong := [token for token in tokens if not 0 <= token < vocab_size or token == mask]:
                 raise UserError(
                     f"the prompt holds the id {wrong[0]}; allowed: 0 to {vocab_size - 1}, but for {mask}, the mask"
                 )
-            row[: len(given)] = given
+            row[: len(given)] = [mask if token is None else token for token in given]
         return canvas
 
     def log_probs(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n V"]:
-        """What AR and SUBS models draw from: temperature, then nucleus. The mask is never drawn."""
-        logits = self.model.network.unembed(params, hidden) / self.temperature
-        return nucleus(objectives.log_probs_without_mask(logits, self.model.ids.mask), self.nucleus)
+        """What AR and SUBS models say: temperature included, the mask excluded."""
+        logits = self.model.network.unembed(params, hidden) / self.config.temperature
+        return objectives.log_probs_without_mask(logits, self.model.ids.mask)
 
-    def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
-        """Fills the canvas; see `block.Samples`. `keys` is `[b]`, one for each sequence."""
-        samples = self._fill(params, keys, canvas)
-        return dataclasses.replace(samples, tokens=samples.tokens[:, : self.max_length])
+    @property
+    def _context(self) -> Context:
+        network, size, layout = self.model.network, self.model.block_size, self.layout
+        window = min(self.model.length, layout.length)
+        capacity = max(size, window - size)
+        if self.model.objective == "ar":
+            if self.config.kv_cache:
+                return CachedNextToken(network, size, capacity)
+            return WindowedNextToken(network, window)
+        if self.config.kv_cache and size < self.model.length:
+            return Cached(network, size, capacity)
+        return Windowed(network, size, window)
 
-    def _fill(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Samples:
-        network, mask = self.model.network, self.model.ids.mask
-        batch, block_size = canvas.shape[0], self.model.block_size
-        window = min(self.model.length, canvas.shape[1])
-        log_probs = functools.partial(self.log_probs, params)
+    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
+        """What `advance` needs to know of the first `index` blocks of a row, which are finished; batch 1.
 
-        if self.name == "analytic":
-            return analytic.sample(
-                lambda tokens, sigma: network.apply(params, tokens, block_size, sigma=sigma),
+        Prompts of similar length share a compiled function.
+        """
+        if self.model.objective == "sedd":
+            return Memory(None, jnp.zeros((1, 0), jnp.int32))
+        return self._context.start(params, row, index)
+
+    def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Filled:
+        """The whole canvas from its beginning in one call, without stops: one program, to be timed or looked at.
+
+        `drawing.draw` gives the same tokens, some blocks at a time.
+        """
+        layout, batch = self.layout, canvas.shape[0]
+        memory = self.start(params, np.zeros(canvas.shape[1], np.int32), 0).tile(batch)
+        first = jnp.zeros(batch, jnp.int32)
+        if layout.stride == layout.size:
+            return self.advance(params, keys, memory, first, canvas)[1]
+        filled = []
+        for number in range(layout.num_blocks):
+            here = slice(number * layout.stride, number * layout.stride + layout.size)
+            memory, window = self.advance(params, keys, memory, first + number, canvas[:, here])
+            canvas = canvas.at[:, here].set(window.tokens)
+            fresh = slice(0 if number == 0 else layout.size - layout.stride, None)
+            tokens, confidence, drawn_at = (x[:, fresh] for x in (window.tokens, window.confidence, window.drawn_at))
+            filled.append(Filled(tokens, confidence, drawn_at, window.nfe, window.cache_calls))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *filled)
+
+    def advance(
+        self,
+        params: Params,
+        keys: PRNGKeyArray,
+        memory: Memory,
+        first: Int[Array, "b"],
+        given: Int[Array, "b n"],
+    ) -> tuple[Memory, Filled]:
+        """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments.
+
+        One compiled function serves every prompt and every length. `memory` may be donated.
+        """
+        c, mask = self.config, self.model.ids.mask
+        if self.model.objective == "sedd":
+            network, size = self.model.network, self.model.block_size
+            return memory, analytic.sample(
+                lambda tokens, sigma: network.apply(params, tokens, size, sigma=sigma),
                 lambda hidden, sigma: _masked_log_score(network.unembed(params, hidden), sigma, mask),
-                self.num_steps, self.nucleus, mask, keys, canvas, self.model.batch_shards,
+                c.num_steps, c.nucleus, mask, keys, given, self.model.batch_shards,
             )  # fmt: skip
-        if self.name == "autoregressive":
-            tokens_seen = (
-                autoregressive.cached(network, params, batch, window - 1)
-                if self.kv_cache
-                else autoregressive.windowed(network, params, window)
-            )
-            return autoregressive.sample(tokens_seen, log_probs, mask, keys, canvas)
-        update = UPDATES[self.name](self.num_steps)
-        blocks_seen = (
-            block.cached(network, params, batch, window - block_size)
-            if self.kv_cache and block_size < self.model.length
-            else block.windowed(network, params, window, block_size)
-        )
-        return block.sample(blocks_seen, log_probs, update, self.layout, mask, keys, canvas)
+        truncation = Truncation(c.nucleus, c.top_k)
+        denoiser = Denoiser(functools.partial(self.log_probs, params), truncation.draw, mask)
+        # Where one block is the whole context, what is not wanted stays masked: it costs no calls.
+        size = self.model.block_size
+        wanted = min(size, c.max_length) if self.layout.num_blocks == 1 else size
+        return fill_blocks(self._context, denoiser, UPDATES[c.sampler](c), wanted, params, keys, memory, first, given)
 
 
 def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mask: int) -> Float[Array, "*n V"]:
@@ -140,6 +197,10 @@ def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mas
     return objectives.sedd_log_score(logits, jnp.full(shape, mask), jnp.broadcast_to(sigma, shape), mask)
 
 
-def sequence_keys(seed: int, indices: Int[Array | np.ndarray, "b"]) -> PRNGKeyArray:
-    """The key of each sample: it depends on the seed and the sample's index only, not on its place in a batch."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices)
+def sequence_keys(
+    seed: int | Int[Array, ""], indices: Int[Array | np.ndarray, "b"], attempts: Int[Array | np.ndarray, "b"] | int = 0
+) -> PRNGKeyArray:
+    """The key of each sample's each draw: it depends on these numbers only, not on a place in a batch."""
+    indices = jnp.asarray(indices)
+    fold = lambda index, attempt: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), attempt)
+    return jax.vmap(fold)(indices, jnp.broadcast_to(jnp.asarray(attempts), indices.shape))

@@ -4,15 +4,22 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from bd3_jax.data.tokenizers import Tokenizer
 
 
-def entropy(tokens: Sequence[int]) -> float:
+def entropy(tokens: Sequence[int] | Int[np.ndarray, "n"]) -> float:
     """Of the empirical distribution of the tokens, nats: 0 where all are the same, ln n where n differ."""
     _, counts = np.unique(np.asarray(tokens), return_counts=True)
     frequencies = counts / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def distinct(rows: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams of all rows, divided by all n-grams (Li et al., 2016); 0 where rows are shorter than n."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
 
 
 def length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:

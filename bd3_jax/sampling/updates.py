@@ -1,8 +1,8 @@
-"""How the masked positions of a block are filled, step by step. SUBS models (MDLM, BD3-LM).
+"""How the masked positions of a block are filled, step by step. SUBS models (MDLM, BD3-LM), and AR as blocks of one.
 
-An update decides which positions to unmask and asks the model about them. It sees the model as two functions, so
-that it fits any network, or a table in a test. To add one, write a class with `init` and `step`, and name it in
-`sampler.UPDATES`, `config.SamplerName` and `config.SAMPLERS`.
+An update decides which positions to unmask and asks the model about them. It sees the model as hidden states and two
+functions, so that it fits any network, or a table in a test. To add one, write a class with the methods of `Update`,
+and name it in `sampler.UPDATES`, `config.SamplerName` and `config.SAMPLERS`. More of them are in `confidence.py`.
 """
 
 import dataclasses
@@ -16,95 +16,151 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from bd3_jax.sampling import categorical
 
 LogProbs = Callable[[Float[Array, "*n d"]], Float[Array, "*n V"]]
+Draw = Callable[[PRNGKeyArray, Float[Array, "b V"]], Int[Array, "b"]]
 
 
 class Denoiser(NamedTuple):
-    """The model at the current block.
+    """What the model says of masked positions, and how a token is drawn from it.
 
-    hidden: tokens `[b, B]` -> hidden states `[b, B, d]`; one network call.
-    log_probs: hidden states at masked positions -> log p(x0 | x_t) as it is to be drawn from, temperature and nucleus
-      included; the mask's is -inf.
+    log_probs: hidden states -> log p(x0 | x_t), normalised, temperature included; the mask's is -inf.
+    draw: keys `[b]`, log_probs -> tokens; nucleus and the like are its own affair.
     mask: its id.
     """
 
-    hidden: Callable[[Int[Array, "b B"]], Float[Array, "b B d"]]
     log_probs: LogProbs
+    draw: Draw
     mask: int
 
 
-class Update(Protocol):
-    """Steps are taken until no sequence has a masked position left in the block."""
+class Filling(NamedTuple):
+    """A block on its way: its tokens, and with what probability those that are drawn were drawn (0 elsewhere)."""
 
-    def init(self, keys: PRNGKeyArray, tokens: Int[Array, "b B"]) -> Any:
+    tokens: Int[Array, "b B"]
+    confidence: Float[Array, "b B"]
+
+
+class Update(Protocol):
+    """Steps of one network call are taken until no sequence is `unfinished`.
+
+    `masked` are the positions still to be drawn; a step changes no others, but for those that it has drawn itself.
+    """
+
+    def init(self, keys: PRNGKeyArray, masked: Bool[Array, "b B"]) -> Any:
         """What the steps of a block carry along, a pytree. `keys` is `[b]`."""
 
-    def step(
-        self, denoiser: Denoiser, keys: PRNGKeyArray, tokens: Int[Array, "b B"], carry: Any
-    ) -> tuple[Int[Array, "b B"], Any]:
-        """Unmasks at least one position of every sequence that has one, by one network call; others never change."""
-
-
-class InRandomOrder:
-    """Unmasks each position at a time of its own, drawn before the model is asked anything.
-
-    Our SUBS networks do not see the time, so the times matter through their order alone: moments in which nothing
-    happens cost nothing, and every sequence of a batch goes straight to its own next event.
-    """
+    def positions(self, masked: Bool[Array, "b B"], carry: Any) -> Int[Array, "b n"] | None:
+        """Where the next step wants hidden states, if it can tell before it has seen any; None: everywhere."""
 
     def step(
-        self, denoiser: Denoiser, keys: PRNGKeyArray, tokens: Int[Array, "b B"], carry: Int[Array, "b B"]
-    ) -> tuple[Int[Array, "b B"], Int[Array, "b B"]]:
-        masked = tokens == denoiser.mask
-        times = jnp.where(masked, carry, jnp.iinfo(jnp.int32).max)
-        due = masked & (times == times.min(axis=1, keepdims=True))
-        return fill(denoiser.log_probs, keys, tokens, denoiser.hidden(tokens), due), carry
+        self,
+        denoiser: Denoiser,
+        keys: PRNGKeyArray,
+        filling: Filling,
+        masked: Bool[Array, "b B"],
+        hidden: Float[Array, "b n d"],
+        carry: Any,
+    ) -> tuple[Filling, Any]:
+        """Draws some of the masked tokens, given hidden states at `positions`."""
+
+    def unfinished(self, masked: Bool[Array, "b B"], carry: Any) -> Bool[Array, "b"]:
+        """Which sequences need another step."""
+
+
+class UntilNoneIsMasked:
+    """The usual end of a block."""
+
+    def unfinished(self, masked: Bool[Array, "b B"], carry: Any) -> Bool[Array, "b"]:
+        return masked.any(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstHitting(InRandomOrder):
+class FirstHitting(UntilNoneIsMasked):
     """One uniformly chosen masked position a step: B calls a block (Zheng et al., 2024; Block Diffusion, appendix C).
 
-    With n masked left the next is unmasked at t u^(1/n), any of them equally likely. The times need not be drawn.
+    With n masked left the next is unmasked at t u^(1/n), any of them equally likely. Our SUBS networks do not see the
+    time, so the times need not be drawn, and the order is known before the model is asked anything.
     """
 
-    def init(self, keys: PRNGKeyArray, tokens: Int[Array, "b B"]) -> Int[Array, "b B"]:
-        return jax.vmap(lambda key: jax.random.permutation(key, tokens.shape[1]))(keys)
+    def init(self, keys: PRNGKeyArray, masked: Bool[Array, "b B"]) -> Int[Array, "b B"]:
+        return jax.vmap(lambda key: jax.random.permutation(key, masked.shape[1]))(keys)
+
+    def positions(self, masked: Bool[Array, "b B"], carry: Int[Array, "b B"]) -> Int[Array, "b 1"]:
+        return jnp.where(masked, carry, masked.shape[1]).argmin(axis=1)[:, None]
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        keys: PRNGKeyArray,
+        filling: Filling,
+        masked: Bool[Array, "b B"],
+        hidden: Float[Array, "b 1 d"],
+        carry: Int[Array, "b B"],
+    ) -> tuple[Filling, Int[Array, "b B"]]:
+        position = self.positions(masked, carry)
+        here = masked & (jnp.arange(masked.shape[1]) == position)
+        return _draw(denoiser, keys, filling, hidden[:, 0], here), carry
 
 
 @dataclasses.dataclass(frozen=True)
-class Ancestral(InRandomOrder):
+class Ancestral(UntilNoneIsMasked):
     """T steps from t = 1 to 0, dt = 1/T; a masked token stays masked with probability p(t - dt) / p(t).
 
     (MDLM, section 3.2.3 and its caching.) With the loglinear p(t) = t, on which samplers run, the survival up to step
     i is 1 - i/T: the step in which a token is unmasked is uniform over the T steps, and is drawn at once. Steps in
-    which nothing changes would reuse the network's output; here they are not taken at all. T calls a block at most.
+    which nothing changes would reuse the network's output; here they are not taken at all, and every sequence of a
+    batch goes straight to its own next event. T calls a block at most.
     """
 
     num_steps: int
 
-    def init(self, keys: PRNGKeyArray, tokens: Int[Array, "b B"]) -> Int[Array, "b B"]:
-        return jax.vmap(lambda key: jax.random.randint(key, tokens.shape[1:], 0, self.num_steps))(keys)
+    def init(self, keys: PRNGKeyArray, masked: Bool[Array, "b B"]) -> Int[Array, "b B"]:
+        return jax.vmap(lambda key: jax.random.randint(key, masked.shape[1:], 0, self.num_steps))(keys)
+
+    def positions(self, masked: Bool[Array, "b B"], carry: Int[Array, "b B"]) -> None:
+        return None
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        keys: PRNGKeyArray,
+        filling: Filling,
+        masked: Bool[Array, "b B"],
+        hidden: Float[Array, "b B d"],
+        carry: Int[Array, "b B"],
+    ) -> tuple[Filling, Int[Array, "b B"]]:
+        times = jnp.where(masked, carry, self.num_steps)
+        due = masked & (times == times.min(axis=1, keepdims=True))
+        return fill(denoiser, keys, filling, hidden, due), carry
 
 
 def fill(
-    log_probs: LogProbs,
+    denoiser: Denoiser,
     keys: PRNGKeyArray,
-    tokens: Int[Array, "b B"],
+    filling: Filling,
     hidden: Float[Array, "b B d"],
     where: Bool[Array, "b B"],
-) -> Int[Array, "b B"]:
+) -> Filling:
     """Draws the tokens at `where`, independently given the hidden states.
 
     In rounds of one position per sequence, as many as the sequence with most positions needs: the vocabulary is
     asked at these positions and no others, and `[b, V]` is all that exists of it at a time.
     """
 
-    def one_round(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        tokens, pending = state
+    def one_round(state: tuple[Filling, Array]) -> tuple[Filling, Array]:
+        filling, pending = state
         position = pending.argmax(axis=1)
         at_position = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
-        drawn = categorical.draw(categorical.fold_in(keys, position), log_probs(at_position))
-        here = pending & (jnp.arange(tokens.shape[1]) == position[:, None])
-        return jnp.where(here, drawn[:, None], tokens), pending & ~here
+        here = pending & (jnp.arange(pending.shape[1]) == position[:, None])
+        return _draw(denoiser, categorical.fold_in(keys, position), filling, at_position, here), pending & ~here
 
-    return jax.lax.while_loop(lambda state: state[1].any(), one_round, (tokens, where))[0]
+    return jax.lax.while_loop(lambda state: state[1].any(), one_round, (filling, where))[0]
+
+
+def _draw(
+    denoiser: Denoiser, keys: PRNGKeyArray, filling: Filling, hidden: Float[Array, "b d"], here: Bool[Array, "b B"]
+) -> Filling:
+    """Draws one token for each sequence, and puts it `here`, one position or none."""
+    log_probs = denoiser.log_probs(hidden)
+    drawn = denoiser.draw(keys, log_probs)
+    confidence = jnp.exp(jnp.take_along_axis(log_probs, drawn[:, None], axis=1))
+    return Filling(jnp.where(here, drawn[:, None], filling.tokens), jnp.where(here, confidence, filling.confidence))

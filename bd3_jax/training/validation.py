@@ -15,7 +15,9 @@ from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.evaluation.interval_search import SearchResult, candidates, search_interval
 from bd3_jax.evaluation.perplexity import Result, estimates, evaluate_params
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.sampling.run import draw
+from bd3_jax.sampling.drawing import draw
+from bd3_jax.sampling.infilling import resolve
+from bd3_jax.sampling.run import Sample, batch_size
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.training.signals import StopSignals
 from bd3_jax.training.state import TrainState
@@ -87,17 +89,21 @@ class Samples:
 
     def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, tokenizer: Tokenizer):
         """Raises UserError for a prompt that is too long, or a batch that cannot be split over the mesh."""
-        self._config, self._tokenizer = config.sampling, tokenizer
+        self._config, given = resolve(config.sampling, tokenizer.encode)
+        self._tokenizer, self._batch_size = tokenizer, batch_size(self._config, model)
         self._split = sharding.batch_sharding(mesh, config.sampling.batch_size, "config.sampling.batch_size")
-        self._sampler = Sampler.from_config(model, config.sampling)
-        self._row = self._sampler.canvas([tokenizer.encode(config.sampling.prompt)])[0]
+        self._sampler = Sampler.from_config(model, self._config)
+        self._row = self._sampler.canvas([given])[0]
 
     def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
         """Flat names for a line of `metrics.jsonl`: the texts, and means over them."""
+        c = self._config
         drawn = [
-            sample
-            for batch in draw(self._config, self._sampler, state.ema, self._row, self._tokenizer, step, self._split)
-            for sample in batch
+            Sample.of(sample, c.seed, step, self._tokenizer)
+            # Those of a model that has learnt little may well be degenerate.
+            for sample in draw(
+                self._sampler, state.ema, self._row, c.num_samples, self._batch_size, self._split, redraws=False
+            )
         ]
         means = {name: sum(getattr(s, name) for s in drawn) / len(drawn) for name in ("nfe", "length", "entropy")}
         return {"samples/text": [s.text for s in drawn]} | {f"samples/{name}": mean for name, mean in means.items()}

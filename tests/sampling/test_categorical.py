@@ -5,6 +5,9 @@ import pytest
 from scipy import stats
 
 from bd3_jax.sampling import categorical
+from bd3_jax.sampling.block import fill_blocks
+from bd3_jax.sampling.contexts import Memory, Windowed
+from bd3_jax.sampling.updates import Ancestral, Denoiser
 
 V = 50_258
 DRAWS = 100_000
@@ -74,3 +77,72 @@ def test_a_draw_depends_on_its_own_key_only():
     together = categorical.draw(keys, log_probs)
     alone = [categorical.draw(keys[i : i + 1], log_probs[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(together, alone)
+
+
+def zipf(size, seed=0):
+    """Probabilities in random order, and the rank of each token."""
+    rank = np.random.default_rng(seed).permutation(size)
+    weights = 1 / (1.0 + rank)
+    return weights / weights.sum(), rank
+
+
+def test_the_same_as_inverting_the_cumulative_distribution():
+    """Against another way to draw, in float64: counts of groups of tokens by rank, the rarest of 1e-6 a token."""
+    probs, rank = zipf(V)
+    edges = [0, 1, 2, 4, 8, 30, 100, 1000, 10_000, 30_000, V]
+    inverted = np.searchsorted(np.cumsum(probs), np.random.default_rng(5).random(DRAWS) * probs.sum())
+    tokens = ours(jnp.asarray(np.log(probs), jnp.float32))
+    counts = [np.histogram(rank[drawn], edges)[0] for drawn in (tokens, inverted)]
+    assert np.min(counts) > 1000
+    assert stats.chi2_contingency(counts).pvalue > 1e-3
+
+
+def test_modes_of_jax():
+    """The usual mode of `jax.random.gumbel`, and so of `categorical`, ends at 16; "high" goes on."""
+    low, high = (np.asarray(jax.random.gumbel(jax.random.key(0), (2**25,), mode=mode)) for mode in ("low", "high"))
+    assert low.max() < 16 < high.max()
+    # In 2^25 draws a few are above 16, as exp(-16) says.
+    assert stats.binomtest(int((high > 16).sum()), 2**25, -np.expm1(-np.exp(-16))).pvalue > 1e-3
+
+
+def entropy(probs):
+    return -(probs * np.log(np.where(probs > 0, probs, 1))).sum()
+
+
+def plain_gumbel_step(probs, num_steps):
+    """Which token a masked position becomes in a step that unmasks it with probability 1/T, by a float32 Gumbel.
+
+    The mask competes with probability 1 - 1/T; u has 23 bits, so that tokens reach -ln(-ln(1 - 2^-23)) = 15.9 at most.
+    A token wins where its Gumbel exceeds the mask's by the difference of the log-probabilities; two tokens hardly ever
+    both do.
+    """
+    u = 1 - np.arange(1, 2**16) * 2.0**-23
+    reach = -np.log(-np.log(u))
+    lead = np.log(1 - 1 / num_steps) - np.log(probs / num_steps)
+    wins = np.array([np.exp(-np.exp(-(reach - each))).sum() for each in lead])
+    return wins / wins.sum()
+
+
+def test_entropy_of_a_sampler_with_5000_steps():
+    """A plain Gumbel that decides on unmasking and on the token at once takes nats away; ours takes none."""
+    probs, rank = zipf(2000)
+    assert entropy(plain_gumbel_step(probs, 5000)) < entropy(probs) - 1
+    assert entropy(plain_gumbel_step(probs, 100)) > entropy(probs) - 0.05  # few steps do little harm
+
+    log_probs = jnp.log(jnp.asarray(probs, jnp.float32))
+    denoiser = Denoiser(lambda hidden: jnp.broadcast_to(log_probs, (len(hidden), 2000)), categorical.draw, 2000)
+
+    class Still:
+        apply = staticmethod(lambda params, tokens, block_size: jnp.zeros((*tokens.shape, 1)))
+
+    given, first = jnp.full((1500, 16), 2000), jnp.zeros(1500, jnp.int32)
+    keys, memory = jax.random.split(jax.random.key(2), 1500), Memory(None, jnp.zeros_like(given))
+    context = Windowed(Still(), 16, 16)
+    run = jax.jit(lambda: fill_blocks(context, denoiser, Ancestral(5000), 16, None, keys, memory, first, given))
+    tokens = np.ravel(run()[1].tokens)
+    counts = np.bincount(tokens, minlength=2000)
+    # The empirical entropy of n draws is too small by (V - 1) / 2n on average.
+    assert entropy(counts / counts.sum()) + 1999 / (2 * len(tokens)) == pytest.approx(entropy(probs), abs=0.03)
+    edges = [0, 1, 3, 10, 30, 100, 300, 1000, 2000]
+    expected = len(tokens) * np.histogram(rank, edges, weights=probs)[0]
+    assert stats.chisquare(np.histogram(rank[tokens], edges)[0], expected).pvalue > 1e-3

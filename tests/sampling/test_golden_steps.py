@@ -5,16 +5,18 @@ import numpy as np
 import pytest
 
 from bd3_jax.diffusion import objectives
+from bd3_jax.diffusion.objectives import log_probs_without_mask
 from bd3_jax.diffusion.schedules import get_schedule
-from bd3_jax.sampling import analytic, block
-from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.sampling import analytic
+from bd3_jax.sampling.contexts import Cached, Memory, Windowed
+from bd3_jax.sampling.truncation import Truncation
 from tests.conftest import assert_agree
 
 
 def ancestral_probs(golden, hidden):
     """q(x_s | x_t) at masked positions: unmasked with the schedule's chance, then drawn as the sampler draws."""
-    sampler = Sampler(golden.lm, "ancestral", 16, 10, float(golden["nucleus_p"]), temperature=1.0, kv_cache=True)
-    p_x0 = np.exp(sampler.log_probs(golden.params, hidden))
+    p_x0 = log_probs_without_mask(golden.lm.network.unembed(golden.params, hidden), golden.lm.ids.mask)
+    p_x0 = np.exp(Truncation(float(golden["nucleus_p"]))(p_x0))
     p = get_schedule("loglinear").move_chance
     stay = p(golden["ddpm_t"] - golden["ddpm_dt"]) / p(golden["ddpm_t"])
     return p_x0, (1 - stay) * p_x0 + stay * (np.arange(golden.lm.ids.vocab_size) == golden.lm.ids.mask)
@@ -23,9 +25,10 @@ def ancestral_probs(golden, hidden):
 @pytest.mark.parametrize("name", ["mdlm", "mdlm_loss_scale"])
 def test_ancestral_mdlm(golden, name):
     g = golden(name)
-    context = block.windowed(g.lm.network, g.params, 16, 16)
+    context = Windowed(g.lm.network, 16, 16)
     x = jnp.asarray(g["ddpm_x"])
-    p_x0, q = ancestral_probs(g, context.hidden(None, x, 0, x))
+    memory = Memory(None, jnp.zeros_like(x))
+    p_x0, q = ancestral_probs(g, context.look(g.params, memory, jnp.zeros(len(x), jnp.int32), x, None))
     masked = g["ddpm_x"] == g.lm.ids.mask
     assert_agree(p_x0[masked], g["ddpm_p_x0_nucleus"][masked])
     assert_agree(q[masked], g["ddpm_q_xs"][masked])
@@ -34,17 +37,17 @@ def test_ancestral_mdlm(golden, name):
 @pytest.mark.parametrize("name", ["bd3lm_block4", "bd3lm_block1"])
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_ancestral_bd3lm(golden, name, kv_cache):
+    """The first call of the last block, which with a cache stores the block before it too."""
     g = golden(name)
-    size = g.lm.block_size
-    x = jnp.asarray(g["ddpm_x"])
-    if kv_cache:
-        context = block.cached(g.lm.network, g.params, len(x), 16 - size)
-        state = context.state
-        for start in range(0, 16 - size, size):
-            state = context.store(state, x[:, start : start + size])
-    else:
-        context, state = block.windowed(g.lm.network, g.params, 16, size), None
-    _, q = ancestral_probs(g, context.hidden(state, x, 16 - size, x[:, 16 - size :]))
+    size, network = g.lm.block_size, g.lm.network
+    x, last = jnp.asarray(g["ddpm_x"]), 16 // size - 1
+    context = Cached(network, size, 16 - size) if kv_cache else Windowed(network, size, 16)
+    rows = [context.start(g.params, np.asarray(row), last) for row in x]
+    hidden = [
+        context.first(g.params, row, jnp.full(1, last), tokens[None, 16 - size :], None)[0]
+        for row, tokens in zip(rows, x, strict=True)
+    ]
+    _, q = ancestral_probs(g, jnp.concatenate(hidden))
     masked = g["ddpm_x"][:, 16 - size :] == g.lm.ids.mask
     assert_agree(q[masked], g["ddpm_q_xs"][masked])
 

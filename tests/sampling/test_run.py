@@ -60,7 +60,9 @@ def test_samples_are_printed_and_written(run, capsys):
         assert drawn["text"].startswith(PROMPT)
         assert drawn["text"] in printed
         assert drawn["nfe"] == 16 - 1 - len(PROMPT)
-        assert drawn["cache_calls"] == 3
+        assert drawn["cache_calls"] == 0  # the call that draws a block's first token stores the block before
+        assert drawn["distinct_1"] == len(set(drawn["tokens"])) / 16
+        assert (drawn["stopped"], drawn["rejected"]) == ("", 0)
         assert drawn["seconds"] > 0
     assert len({drawn["text"] for drawn in samples}) == 3
 
@@ -116,6 +118,26 @@ def test_only_the_first_process_writes(run, tmp_path, monkeypatch, capsys):
     assert [drawn["tokens"] for drawn in sample(config, copy)] == expected
     assert not list(copy.glob("samples*"))
     assert capsys.readouterr().out == ""
+
+
+def test_gaps_are_filled(run, capsys):
+    config, workdir = run
+    for drawn in sample(change(config, prompt="", infill="re[MASK*4]blue"), workdir):
+        assert len(drawn["tokens"]) == 1 + 10
+        assert bytes(drawn["tokens"][1:3]) == b"re"
+        assert bytes(drawn["tokens"][7:]) == b"blue"
+
+
+def test_trace_and_watch_change_no_token(run, capsys):
+    config, workdir = run
+    plain = [drawn["tokens"] for drawn in sample(config, workdir)]
+    capsys.readouterr()
+    seen = [drawn["tokens"] for drawn in sample(config, workdir, trace=True, watch=True)]
+    assert seen == plain
+    printed = capsys.readouterr().out
+    assert f"trace in {workdir / 'trace.html'}" in printed
+    assert printed.count("--- sample 0") == 2  # as it fills up, and when it is done
+    assert "<script" in (workdir / "trace.html").read_text()
 
 
 def test_weights(run):

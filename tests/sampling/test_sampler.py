@@ -5,37 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3_jax import config as settings
 from bd3_jax.errors import UserError
 from bd3_jax.sampling import analytic
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
-from configs import base
+from tests.sampling.settings import GREEDY, change, sampling_config
 
-GREEDY = 1e-6  # a nucleus of the most probable token alone
 PROMPTS = [[], [3, 4], [5, 5, 5, 5, 5], [1, 2, 3, 4, 5, 6, 7, 8]]
 MODELS = [("bd3lm", 4), ("mdlm", 0), ("ar", 0), ("sedd", 0)]
 NAMES = {"bd3lm": "first_hitting", "mdlm": "first_hitting", "ar": "autoregressive", "sedd": "analytic"}
 
 
-@pytest.fixture
-def make(toy_lm, random_params):
-    def build(objective, block_size=0, num_layers=2, **fields):
-        lm = toy_lm(objective, block_size, num_layers=num_layers)
-        fields = (
-            dict(name=NAMES[objective], max_length=12, num_steps=7, nucleus=0.9, temperature=1.0, kv_cache=True)
-            | fields
-        )
-        return Sampler(lm, **fields), random_params(lm)
-
-    return build
+@dataclasses.dataclass
+class Samples:
+    tokens: np.ndarray
+    nfe: np.ndarray
+    cache_calls: np.ndarray
 
 
 compiled = jax.jit(Sampler.__call__, static_argnums=0)
 
 
-def draw(sampler, params, prompts=PROMPTS, indices=None, seed=0):
+def draw(sampler, params, prompts=PROMPTS, indices=None, seed=0, canvas=None):
+    """Rows with prompts of their own, in one call."""
     keys = sequence_keys(seed, np.arange(len(prompts)) if indices is None else np.asarray(indices))
-    return jax.device_get(compiled(sampler, params, keys, sampler.canvas(prompts)))
+    canvas = sampler.canvas(prompts) if canvas is None else canvas
+    filled = jax.device_get(compiled(sampler, params, keys, canvas))
+    return Samples(filled.tokens[:, : sampler.config.max_length], filled.nfe.sum(1), filled.cache_calls.sum(1))
 
 
 @pytest.mark.parametrize(("objective", "block_size"), MODELS)
@@ -72,14 +67,15 @@ def test_a_sample_depends_on_seed_and_index_only(make, objective, block_size):
     ],
 )
 def test_cache_gives_the_same_tokens(make, objective, block_size, name):
-    sampler, params = make(objective, block_size, name=name)
+    sampler, params = make(objective, block_size, sampler=name)
     with_cache = draw(sampler, params)
-    without = draw(dataclasses.replace(sampler, kv_cache=False), params)
+    without = draw(change(sampler, kv_cache=False), params)
     np.testing.assert_array_equal(with_cache.tokens, without.tokens)
     np.testing.assert_array_equal(with_cache.nfe, without.nfe)
     assert (without.cache_calls == 0).all()
-    stored = [len(prompt) for prompt in PROMPTS] if objective == "ar" else [12 // block_size - 1] * len(PROMPTS)
-    assert with_cache.cache_calls.tolist() == stored
+    # The call that draws a block's first token stores the block before, so only finished blocks cost a call.
+    given = [(len(prompt) + 1) // block_size if block_size else len(prompt) + 1 for prompt in PROMPTS]
+    assert with_cache.cache_calls.tolist() == given
 
 
 @pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("ar", 0)])
@@ -87,7 +83,7 @@ def test_cache_and_window_agree_beyond_the_context_where_keys_hold_one_token_eac
     """With a single layer nothing that left the window lives on in the keys and values, so the two must not differ."""
     sampler, params = make(objective, block_size, num_layers=1, max_length=39)
     with_cache = draw(sampler, params)
-    without = draw(dataclasses.replace(sampler, kv_cache=False), params)
+    without = draw(change(sampler, kv_cache=False), params)
     np.testing.assert_array_equal(with_cache.tokens, without.tokens)
     assert len({tuple(tokens) for tokens in with_cache.tokens[:, 12:]}) == len(PROMPTS)
     np.testing.assert_array_equal(with_cache.tokens[:, :12], draw(make(objective, block_size, 1)[0], params).tokens)
@@ -97,7 +93,7 @@ def test_cache_and_window_agree_beyond_the_context_where_keys_hold_one_token_eac
 def test_windows_beyond_the_context(make, objective, block_size):
     """One ancestral step, greedy: each window's new tokens are the network's first choice given the window."""
     sampler, params = make(
-        objective, block_size, name="ancestral", num_steps=1, nucleus=GREEDY, max_length=24, kv_cache=False
+        objective, block_size, sampler="ancestral", num_steps=1, nucleus=GREEDY, max_length=24, kv_cache=False
     )
     lm, mask = sampler.model, sampler.model.ids.mask
     samples = draw(sampler, params)
@@ -124,7 +120,7 @@ def test_autoregressive_is_the_networks_first_choice(make, kv_cache):
 @pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("sedd", 0)])
 def test_the_surplus_of_the_last_block_is_cut(make, objective, block_size):
     sampler, params = make(objective, block_size, max_length=10)
-    whole = draw(dataclasses.replace(sampler, max_length=12), params)
+    whole = draw(change(sampler, max_length=12), params)
     np.testing.assert_array_equal(draw(sampler, params).tokens, whole.tokens[:, :10])
 
 
@@ -142,30 +138,35 @@ def test_positions_may_be_given_anywhere(make):
         sampler, params = make(objective, block_size)
         canvas = sampler.canvas([[]] * 4)
         canvas[:, [3, 6, 11]] = [[7, 8, 9], [1, 1, 2], [3, 3, 3], [9, 0, 9]]
-        tokens = np.asarray(compiled(sampler, params, sequence_keys(0, np.arange(4)), canvas).tokens)
+        tokens = draw(sampler, params, canvas=canvas.copy()).tokens
         np.testing.assert_array_equal(tokens[:, [0, 3, 6, 11]], canvas[:, [0, 3, 6, 11]])
         assert (tokens != sampler.model.ids.mask).all()
 
 
-def test_temperature_and_nucleus(make):
-    sampler, params = make("bd3lm", 4, temperature=0.5, nucleus=1.0)
+def test_temperature(make):
+    sampler, params = make("bd3lm", 4, temperature=0.5)
     hidden = jax.random.normal(jax.random.key(0), (3, 16))
     logits = np.array(sampler.model.network.unembed(params, hidden), np.float64)
     logits[:, sampler.model.ids.mask] = -np.inf
     expected = np.exp(logits) ** 2 / (np.exp(logits) ** 2).sum(-1, keepdims=True)
     np.testing.assert_allclose(np.exp(sampler.log_probs(params, hidden)), expected, rtol=1e-4, atol=1e-7)
-    greedy = dataclasses.replace(sampler, nucleus=GREEDY).log_probs(params, hidden)
-    np.testing.assert_array_equal(np.exp(greedy), np.eye(11)[expected.argmax(-1)])
-    coldest = dataclasses.replace(sampler, temperature=1e-3).log_probs(params, 100 * hidden)
+    coldest = change(sampler, temperature=1e-3).log_probs(params, 100 * hidden)
     np.testing.assert_array_equal(np.exp(coldest).argmax(-1), expected.argmax(-1))
     np.testing.assert_allclose(np.exp(coldest).sum(-1), 1, rtol=1e-5)
+
+
+def test_greedy_by_nucleus_or_by_top_k(make):
+    sampler, params = make("bd3lm", 4, nucleus=GREEDY)
+    by_nucleus = draw(sampler, params).tokens
+    np.testing.assert_array_equal(by_nucleus, draw(change(sampler, nucleus=1.0, top_k=1), params).tokens)
+    assert (by_nucleus != draw(change(sampler, nucleus=1.0, top_k=9), params).tokens).any()
 
 
 def test_chunks_of_the_vocabulary_do_not_matter(make, monkeypatch):
     sampler, params = make("sedd")
     whole = draw(sampler, params).tokens
     monkeypatch.setattr(analytic, "MAX_SCORES", 4 * 11 * 5)  # 5 of the 12 positions at a time
-    compiled_anew = dataclasses.replace(sampler, max_length=9)
+    compiled_anew = change(sampler, max_length=9)
     np.testing.assert_array_equal(draw(compiled_anew, params).tokens, whole[:, :9])
 
 
@@ -183,19 +184,12 @@ def test_denoising_draws_even_where_the_nucleus_holds_the_mask_alone():
     np.testing.assert_allclose(observed[:3] / 4000, probs, atol=5 * 0.5 / np.sqrt(4000))
 
 
-def sampling_config(objective, **fields):
-    config = base.get_config(f"{objective},block_size=4" if objective == "bd3lm" else objective)
-    config.model.length = 12
-    config.sampling.update(max_length=12, **fields)
-    return settings.from_config_dict(config).sampling
-
-
 def test_what_a_model_cannot_do(toy_lm):
     with pytest.raises(UserError, match=r"sampling.max_length is 13; allowed: up to model.length = 12, since sedd"):
         Sampler.from_config(toy_lm("sedd"), dataclasses.replace(sampling_config("sedd"), max_length=13))
     with pytest.raises(UserError, match=r"sampling.temperature is 0.5; allowed: 1"):
         Sampler.from_config(toy_lm("sedd"), sampling_config("sedd", temperature=0.5))
-    assert Sampler.from_config(toy_lm("sedd"), sampling_config("sedd")).name == "analytic"
+    assert Sampler.from_config(toy_lm("sedd"), sampling_config("sedd")).config.sampler == "analytic"
 
 
 @pytest.mark.parametrize(("max_length", "limit"), [(8, 8), (100, 12)])

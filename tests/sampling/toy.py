@@ -3,6 +3,8 @@
 Everything here is NumPy in float64 and shares no code with the package.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import stats
 
@@ -84,6 +86,60 @@ def ancestral(table: np.ndarray, canvas: list[int], block_size: int, num_steps: 
         block = (np.arange(L) >= start) & (np.arange(L) < start + block_size)
         for stay in times[1:] / times[:-1]:
             distribution = distribution @ move((1 - stay) * table + stay * np.eye(V)[MASK], block)
+    return distribution
+
+
+def by_candidates(
+    table: np.ndarray, drawn_from: np.ndarray, canvas: list[int], block_size: int, choose: Callable[..., np.ndarray]
+) -> np.ndarray:
+    """Exact distribution over states: every masked position draws a candidate, `choose` says which are kept.
+
+    Candidates come from `drawn_from`; confidence (the candidate's) and entropy, -inf and inf where nothing is masked,
+    are those of `table`, both `[256, 4, V]`.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropies = -np.nansum(table * np.log(table), axis=-1)
+    distribution = start_at(canvas)
+    for start in range(0, L, block_size):
+        step = np.zeros((V**L, V**L))
+        for number, state in enumerate(STATES):
+            masked = (state == MASK) & (np.arange(L) // block_size == start // block_size)
+            if not masked.any():
+                step[number, number] = 1
+                continue
+            cases = STATES[(STATES[:, ~masked] == state[~masked]).all(1) & (STATES[:, masked] != MASK).all(1)]
+            at = lambda probs, cases=cases, number=number: probs[number, np.arange(L), cases]
+            chosen = choose(
+                np.where(masked, at(table), -np.inf),
+                np.where(masked, np.broadcast_to(entropies[number], cases.shape), np.inf),
+            )
+            after = np.where(masked & ~chosen, MASK, cases) @ INDEX
+            np.add.at(step[number], after, np.where(masked, at(drawn_from), 1).prod(1))
+        distribution = distribution @ np.linalg.matrix_power(step, block_size)
+    return distribution
+
+
+def remasking(table: np.ndarray, canvas: list[int], num_steps: int, eta: float, taken: int) -> np.ndarray:
+    """Exact distribution over states of ReMDM-conf in one block, for a table that is the same in every state.
+
+    `taken`: how many of the T steps.
+    """
+    distribution, given = start_at(canvas), np.asarray(canvas) != MASK
+    ours = (STATES != MASK) & ~given
+    psi = np.take_along_axis(table, STATES[..., None], -1)[..., 0]
+    weights = np.where(ours, np.exp(-psi), 0)
+    share = weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)
+    for step in range(taken):
+        alpha_t, alpha_s = step / num_steps, (step + 1) / num_steps
+        unmask = (alpha_s - alpha_t) / (1 - alpha_t)
+        sigma = eta * min(1, (1 - alpha_s) / alpha_t) if alpha_t else 0.0
+        back = (sigma * share)[..., None]
+        masked = (STATES == MASK)[..., None]
+        stay = np.eye(V)[STATES]
+        positions = np.where(
+            masked, unmask * table + (1 - unmask) * np.eye(V)[MASK], (1 - back) * stay + back * np.eye(V)[MASK]
+        )
+        distribution = distribution @ transitions(positions)
     return distribution
 
 

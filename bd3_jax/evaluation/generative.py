@@ -1,0 +1,178 @@
+"""Generative perplexity: how likely another language model finds texts (Block Diffusion, section 6.2)."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float, Int
+
+from bd3_jax.data.tokenizers import END_OF_TEXT
+from bd3_jax.errors import UserError
+from bd3_jax.folders import writing
+from bd3_jax.metrics import read_records
+from bd3_jax.sampling import statistics
+
+WINDOW, STRIDE = 1024, 512
+
+
+class Judge(Protocol):
+    """A causal language model with its tokenizer. `ends` are ids that end a document: they are not scored."""
+
+    ends: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, in which special tokens that are spelled out count as such; none is added."""
+
+    def losses(self, tokens: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n-1"]:
+        """-log p(tokens[i + 1] | tokens[: i + 1]), nats, of at most 1024 tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of one text.
+
+    Attributes:
+      nll: nats per scored token; nan where none is.
+      perplexity: exp(nll).
+      length: tokens that count: all but the first and those that end a document.
+      entropy: of the distribution of all its tokens, nats.
+    """
+
+    nll: float
+    perplexity: float
+    length: int
+    entropy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Of many texts.
+
+    Attributes:
+      mean_perplexity: the mean of the texts' perplexities, as published.
+      pooled_perplexity: exp of all losses over all scored tokens.
+      entropy: mean over texts, nats.
+      median_length: of the texts.
+      max_length: of the texts.
+      distinct_1, distinct_2, distinct_3: different n-grams of all texts, divided by all n-grams.
+    """
+
+    mean_perplexity: float
+    pooled_perplexity: float
+    entropy: float
+    median_length: float
+    max_length: int
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+
+
+def score(texts: Sequence[str], judge: Judge, max_length: int = 0) -> tuple[list[Score], Summary]:
+    """Tokenises texts anew and scores them, each cut after `max_length` tokens (0: not at all).
+
+    A text begins with the token that the first one is predicted from, BOS as a rule; it is never scored.
+
+    Raises:
+      UserError: there is nothing to score.
+    """
+    scores, rows = [], []
+    for text in texts:
+        tokens = np.asarray(judge.encode(text)[: max_length or None], np.int64)
+        scored = np.asarray([token not in judge.ends for token in tokens[1:].tolist()], bool)
+        losses = windowed_losses(judge.losses, tokens)
+        scores.append(_score(tokens, losses, scored))
+        rows.append(tokens.tolist())
+    lengths = [each.length for each in scores]
+    if not any(lengths):
+        raise UserError("the texts hold nothing to score: no token after the first but the end of documents")
+    total = sum(each.nll * each.length for each in scores if each.length)
+    return scores, Summary(
+        mean_perplexity=float(np.mean([each.perplexity for each in scores if each.length])),
+        pooled_perplexity=math.exp(total / sum(lengths)),
+        entropy=float(np.mean([each.entropy for each in scores])),
+        median_length=float(np.median(lengths)), max_length=max(lengths),
+        **{f"distinct_{n}": statistics.distinct(rows, n) for n in (1, 2, 3)},
+    )  # fmt: skip
+
+
+def _score(tokens: Int[np.ndarray, "n"], losses: Float[np.ndarray, "m"], scored: Bool[np.ndarray, "m"]) -> Score:
+    count = int(scored.sum())
+    nll = float(losses[scored].mean()) if count else math.nan
+    return Score(nll, math.exp(nll) if count else math.nan, count, statistics.entropy(tokens))
+
+
+def windowed_losses(
+    losses: Callable[[Int[np.ndarray, "n"]], Float[np.ndarray, "n-1"]], tokens: Int[np.ndarray, "n"]
+) -> Float[np.ndarray, "n-1"]:
+    """Losses of all tokens but the first: windows of 1024, stride 512, of later ones the last 512 places only."""
+    found = np.zeros(max(len(tokens) - 1, 0))
+    for start in range(0, max(len(tokens) - WINDOW + STRIDE, 1), STRIDE):
+        window = tokens[start : start + WINDOW]
+        if len(window) < 2:
+            break
+        new = 0 if start == 0 else WINDOW - STRIDE - 1
+        found[start + new : start + len(window) - 1] = losses(window)[new:]
+    return found
+
+
+class TransformersJudge:
+    """A model of the `transformers` library: a name on the hub, a folder, or a GGUF file; float32."""
+
+    def __init__(self, name: str):
+        """Raises UserError where the packages are missing or there is no such model."""
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise UserError(f"generative perplexity needs {error.name}: pip install 'bd3_jax[torch]'") from None
+        self._torch = torch
+        path = Path(name)
+        where = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(where[0], **where[1])
+            model = transformers.AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1])
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"--judge={name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        self._model: Any = model.eval()
+        vocabulary = self._tokenizer.get_vocab()
+        ends = {self._tokenizer.eos_token_id, vocabulary.get(END_OF_TEXT)}
+        self.ends = frozenset(token for token in ends if token is not None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def losses(self, tokens: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n-1"]:
+        ids = self._torch.from_numpy(tokens)[None]
+        with self._torch.inference_mode():
+            logits = self._model(ids).logits[0, :-1]
+            return self._torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").double().numpy()
+
+
+def judge_file(path: epath.Path, name: str, max_length: int, bos: str = END_OF_TEXT) -> Summary:
+    """Scores the texts of a JSONL file, and writes FILE-scores.jsonl beside it, one object a line, and the summary.
+
+    Each text is read with `bos` before it.
+
+    Raises:
+      UserError: the file holds no texts, or the judge cannot be had.
+    """
+    records = read_records(path)
+    texts = [record.get("text") for record in records]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path} is no file of samples: every line must be an object with a text")
+    scores, summary = score([f"{bos}{text}" for text in texts], TransformersJudge(name), max_length)
+    out = path.with_name(f"{path.stem}-scores.jsonl")
+    with writing(out):
+        lines = [json.dumps({"judge": name, **dataclasses.asdict(each)}) for each in scores]
+        out.write_text("\n".join(lines) + "\n")
+    return summary
+
+
+def table(summary: Summary) -> str:
+    rows = [(field.name.replace("_", " "), getattr(summary, field.name)) for field in dataclasses.fields(summary)]
+    return "\n".join(f"{name:18} {value:,.4g}" for name, value in rows)

@@ -1,0 +1,280 @@
+"""Many samples from one sampler: a fixed number of slots on the device, each refilled as soon as its sample is done."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from bd3_jax.errors import UserError
+from bd3_jax.models.kv_cache import BATCH, KVCache
+from bd3_jax.models.transformer import Params
+from bd3_jax.sampling.block import Filled
+from bd3_jax.sampling.contexts import Memory
+from bd3_jax.sampling.sampler import Sampler, sequence_keys
+from bd3_jax.sampling.stopping import DRAWS, WINDOW, Stop, StopRule
+from bd3_jax.sharding import spec
+
+
+@dataclasses.dataclass
+class Drawn:
+    """A sample, or what there is of it.
+
+    Attributes:
+      index: of the sample in its run; with the seed it determines all but the seconds.
+      row: tokens on the host, the mask's id where none is drawn yet.
+      blocks: finished ones, given ones included.
+      length: finished tokens.
+      rejected: draws of this sample that were discarded.
+      stopped: why it ended before its length, or empty.
+      nfe: network calls that drew its tokens, discarded draws not included.
+      cache_calls: network calls that only stored keys and values.
+      seconds: its share of the time, without compilation, discarded draws included.
+      drawn_at: network call at which each token was drawn, from 1; 0 where it was given.
+      confidence: probability with which each token was drawn; 0 where it was given.
+    """
+
+    index: int
+    row: Int[np.ndarray, "S"]
+    blocks: int
+    length: int
+    rejected: int
+    seconds: float
+    drawn_at: Int[np.ndarray, "S"]
+    confidence: Float[np.ndarray, "S"]
+    stopped: str = ""
+    nfe: int = 0
+    cache_calls: int = 0
+
+    @property
+    def tokens(self) -> Int[np.ndarray, "n"]:
+        return self.row[: self.length]
+
+
+class Slots:
+    """A batch of samples in progress, all of one row: BOS and prompt, gaps, the mask's id where tokens are drawn.
+
+    Args:
+      sampler: what draws.
+      params: of its model.
+      row: from `Sampler.canvas`.
+      batch: how many sequences are drawn at a time.
+      sharding: of a batch of rows, where `params` are spread over a mesh; every host then has all samples.
+      blocks_per_call: None: as the sampler suggests. It decides when tokens arrive, not which.
+      redraws: whether a sample that should not have stopped is drawn anew; else it ends there.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Params,
+        row: Int[np.ndarray, "S"],
+        batch: int,
+        sharding: NamedSharding | None = None,
+        blocks_per_call: int | None = None,
+        redraws: bool = True,
+    ):
+        self._redraws = redraws
+        self._sampler, self._params, self._row, self._sharding = sampler, params, row, sharding
+        self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
+        self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
+        # Leading blocks in which everything is given are read at once; the last block is gone through in any case.
+        masked = row == sampler.model.ids.mask
+        given = int(masked.argmax()) if masked.any() else len(row)
+        whole = 0 if given < self._layout.size else 1 + (given - self._layout.size) // self._layout.stride
+        self._begin = min(whole, self._layout.num_blocks - 1)
+        self._fresh = sampler.start(params, row, self._begin)
+        self.drawing: list[Drawn | None] = [None] * batch
+        shardings = _memory_sharding(self._fresh, batch, sharding)
+        self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
+        self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(self._fresh, batch)
+        if sharding is not None:
+            shardings = shardings, NamedSharding(sharding.mesh, PartitionSpec())
+        arguments = jax.tree.map(_abstract, (params, self._memory, *self._inputs()))
+        leaves, structure = jax.tree.flatten(arguments)
+        self._advance = _compile(sampler.program, shardings, structure, tuple(leaves))
+
+    @property
+    def free(self) -> list[int]:
+        return [slot for slot, drawn in enumerate(self.drawing) if drawn is None]
+
+    def begin(self, samples: dict[int, Drawn]) -> None:
+        """Puts samples that have nothing drawn yet into slots."""
+        if not samples:
+            return
+        rows = np.zeros(len(self.drawing), bool)
+        for slot, drawn in samples.items():
+            self.drawing[slot], rows[slot] = drawn, True
+        self._memory = self._place(self._memory, self._put(rows), self._fresh)
+
+    def new(self, index: int, rejected: int = 0, seconds: float = 0.0) -> Drawn:
+        """Sample `index` before anything of it is drawn."""
+        nothing = np.zeros(len(self._row), np.int32)
+        return Drawn(
+            index, self._row.copy(), self._begin, self._end(self._begin), rejected, seconds,
+            drawn_at=nothing, confidence=nothing.astype(np.float32),
+            cache_calls=int(self._begin > 1 and self._fresh.cache is not None),
+        )  # fmt: skip
+
+    def step(self) -> list[Drawn]:
+        """Draws the next blocks of all samples in one device call, and returns those that are finished.
+
+        A sample that is to have its full length and becomes degenerate is begun anew.
+
+        Raises:
+          UserError: it has been discarded too often.
+        """
+        began = time.perf_counter()
+        self._memory, filled = self._advance(self._params, self._memory, *self._inputs())
+        filled = jax.device_get(filled)
+        share = (time.perf_counter() - began) / sum(drawn is not None for drawn in self.drawing)
+        finished, again = [], {}
+        for slot, drawn in enumerate(self.drawing):
+            if drawn is None:
+                continue
+            drawn.seconds += share
+            stop = self._take(drawn, jax.tree.map(lambda leaf, slot=slot: leaf[slot], filled))
+            if stop and self._discards():
+                if drawn.rejected + 1 == DRAWS:
+                    raise UserError(
+                        f"sample {drawn.index} was discarded {DRAWS} times ({self._why(stop)}); allowed are samples "
+                        "without: lower config.sampling.min_entropy, or train the model longer"
+                    )
+                again[slot] = self.new(drawn.index, drawn.rejected + 1, drawn.seconds)
+            elif stop or drawn.blocks == self._layout.num_blocks:
+                if stop:
+                    drawn.length, drawn.stopped = stop.length, stop.reason
+                finished.append(drawn)
+                self.drawing[slot] = None
+        self.begin(again)
+        return finished
+
+    def _take(self, drawn: Drawn, filled: Filled) -> Stop | None:
+        """Adds the blocks of one sequence, one after the other, up to where it stops or ends."""
+        size, stride = self._layout.size, self._layout.stride
+        for block in range(min(self._blocks, self._layout.num_blocks - drawn.blocks)):
+            here = slice(drawn.blocks * stride, drawn.blocks * stride + size)
+            of_block = slice(block * size, (block + 1) * size)
+            new = filled.drawn_at[of_block] > 0
+            drawn.row[here] = filled.tokens[of_block]
+            drawn.drawn_at[here][new] = filled.drawn_at[of_block][new] + drawn.nfe
+            drawn.confidence[here][new] = filled.confidence[of_block][new]
+            drawn.nfe += int(filled.nfe[block])
+            drawn.cache_calls += int(filled.cache_calls[block])
+            drawn.blocks += 1
+            drawn.length = self._end(drawn.blocks)
+            if stop := self._stop_rule(drawn.tokens):
+                return stop
+        return None
+
+    def _discards(self) -> bool:
+        """SEDD cannot stop early, so whatever would have stopped is discarded."""
+        may_stop = self._stop_rule.variable_length and self._sampler.model.objective != "sedd"
+        return self._redraws and not may_stop
+
+    def _why(self, stop: Stop) -> str:
+        if stop.reason == "eos":
+            return "EOS within, where sedd cannot stop"
+        return f"the entropy of {WINDOW} tokens fell below {self._stop_rule.min_entropy} nats"
+
+    def _end(self, blocks: int) -> int:
+        """How many tokens of a sample so many blocks hold."""
+        end = (blocks - 1) * self._layout.stride + self._layout.size if blocks else 0
+        return min(end, self._sampler.config.max_length)
+
+    def _inputs(self) -> tuple[Any, ...]:
+        """Arguments of `_draw_blocks` after the memory: seed, and for each slot index, draw, first block and tokens.
+
+        Slots without a sample, and blocks beyond the last, hold EOS: where everything is given nothing is drawn.
+        """
+        batch, layout = len(self.drawing), self._layout
+        indices, attempts, first = np.zeros((3, batch), np.int32)
+        width = layout.size + (self._blocks - 1) * layout.stride
+        given = np.full((batch, width), self._sampler.model.ids.eos, np.int32)
+        for slot, drawn in enumerate(self.drawing):
+            if drawn is not None:
+                indices[slot], attempts[slot], first[slot] = drawn.index, drawn.rejected, drawn.blocks
+                part = drawn.row[drawn.blocks * layout.stride :][:width]
+                given[slot, : len(part)] = part
+        seed = np.uint32(self._sampler.config.seed)
+        return seed, *(self._put(array) for array in (indices, attempts, first, given))
+
+    def _put(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, self._sharding)
+
+
+def draw(
+    sampler: Sampler,
+    params: Params,
+    row: Int[np.ndarray, "S"],
+    count: int,
+    batch: int,
+    sharding: NamedSharding | None = None,
+    watch: Callable[[Drawn], None] | None = None,
+    redraws: bool = True,
+) -> Iterator[Drawn]:
+    """Samples 0 to count - 1 of one row, in this order, at most `batch` at a time; see `Slots`.
+
+    A slot takes the next sample as soon as its own is finished. `watch` is called with every sample in progress
+    whenever a block of it is finished; the blocks then come one by one. `redraws`: see `Slots`.
+    """
+    slots = Slots(sampler, params, row, batch, sharding, 1 if watch else None, redraws)
+    finished: dict[int, Drawn] = {}
+    waiting, following = iter(range(count)), 0
+    while following < count:
+        slots.begin({slot: slots.new(index) for slot, index in zip(slots.free, waiting, strict=False)})
+        in_progress = [drawn for drawn in slots.drawing if drawn]
+        finished |= {drawn.index: drawn for drawn in slots.step()}
+        if watch:
+            for drawn in in_progress:
+                watch(drawn)
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
+
+
+def _draw_blocks(
+    sampler: Sampler,
+    params: Params,
+    memory: Memory,
+    seed: Array,
+    indices: Int[Array, "b"],
+    attempts: Int[Array, "b"],
+    first: Int[Array, "b"],
+    given: Int[Array, "b n"],
+) -> tuple[Memory, Filled]:
+    return sampler.advance(params, sequence_keys(seed, indices, attempts), memory, first, given)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(sampler: Sampler, shardings: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    """`_draw_blocks`, compiled ahead of time: so no sample's seconds hold the compilation."""
+    arguments = jax.tree.unflatten(structure, leaves)
+    compiled = jax.jit(_draw_blocks, static_argnums=0, donate_argnums=2, out_shardings=shardings)
+    return compiled.lower(sampler, *arguments).compile()
+
+
+def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) -> Any:
+    """Sequences are split like the batch, heads like those of the network; None: one device."""
+    if sharding is None:
+        return None
+    mesh, cache = sharding.mesh, fresh.cache
+    assert isinstance(mesh, Mesh)  # of real devices
+    if cache is not None:
+        logical = ("layers", "batch", "heads", None, None)
+
+        def split(leaf: Array) -> NamedSharding:
+            shape = (*leaf.shape[:BATCH], batch, *leaf.shape[BATCH + 1 :])
+            return spec(mesh, logical[-leaf.ndim :], shape)
+
+        cache = KVCache(jax.tree.map(split, cache.keys), jax.tree.map(split, cache.values), sharding)  # type: ignore[arg-type]
+    return Memory(cache, sharding)  # type: ignore[arg-type]
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))

@@ -1,0 +1,88 @@
+"""Text as it is drawn: pieces for a program, the denoising itself for a terminal."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+import numpy as np
+from jaxtyping import Int
+
+from bd3_jax.data.tokenizers import Tokenizer
+from bd3_jax.models.transformer import Params
+from bd3_jax.sampling.drawing import Drawn, Slots
+from bd3_jax.sampling.sampler import Sampler
+
+TOKENS_PER_PIECE = 4
+"""Blocks that are shorter come several at a time."""
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes the first bytes of a character to."""
+
+
+def pieces(sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of sample 0, without BOS, in pieces as blocks finish; together they are its text.
+
+    What was handed out is not taken back: where a sample becomes degenerate it ends, instead of being drawn anew.
+    """
+    blocks = max(1, TOKENS_PER_PIECE // sampler.layout.size)
+    slots = Slots(sampler, params, row, 1, blocks_per_call=blocks, redraws=False)
+    drawn, told, finished = slots.new(0), "", False
+    slots.begin({0: drawn})
+    while not finished:
+        finished = bool(slots.step())
+        text = tokenizer.decode(drawn.tokens[1:].tolist())
+        text = text if finished else text.rstrip(UNFINISHED)
+        if text.startswith(told) and len(text) > len(told):
+            yield text[len(told) :]
+            told = text
+
+
+class Watch:
+    """Shows in a terminal how each block of a sample fills up, tokens coloured by their confidence.
+
+    Called with a sample after each of its blocks. Where the output is no terminal, the text comes block by block.
+    """
+
+    COLOURS = (203, 215, 229, 157, 84)
+    """Of the usual 256, for confidences from 0 to 1."""
+
+    def __init__(self, tokenizer: Tokenizer, out: TextIO = sys.stdout, seconds_per_call: float = 0.03):
+        self._tokenizer, self._out, self._pause = tokenizer, out, seconds_per_call
+        self._current: tuple[int, int] | None = None
+        self._shown = 1  # the BOS is not
+
+    def __call__(self, drawn: Drawn) -> None:
+        if self._current != (drawn.index, drawn.rejected):
+            again = f", draw {drawn.rejected + 1}" if drawn.rejected else ""
+            self._out.write(f"\n--- sample {drawn.index}{again}\n")
+            self._current, self._shown = (drawn.index, drawn.rejected), 1
+        new = slice(self._shown, drawn.length)
+        texts = [self._tokenizer.decode([token]) for token in drawn.row[new].tolist()]
+        if self._out.isatty():
+            calls = drawn.drawn_at[new]
+            # Room below, so that nothing scrolls between remembering the cursor's place and going back to it.
+            room = 2 + sum(text.count("\n") for text in texts)
+            self._out.write("\x1bD" * room + f"\x1b[{room}A\x1b7")
+            for call in np.unique(calls[calls > 0]):
+                self._out.write("\x1b8\x1b[J" + self._frame(texts, drawn, new, int(call)))
+                self._out.flush()
+                time.sleep(self._pause)
+            self._out.write("\x1b8\x1b[J" + self._frame(texts, drawn, new, drawn.nfe))
+        else:
+            self._out.write("".join(texts))
+        self._out.flush()
+        self._shown = max(self._shown, drawn.length)
+
+    def _frame(self, texts: list[str], drawn: Drawn, new: slice, call: int) -> str:
+        """The block as it was after a network call."""
+        parts = []
+        for text, at, confidence in zip(texts, drawn.drawn_at[new], drawn.confidence[new], strict=True):
+            if at > call:
+                parts.append("\u2591")
+            elif at == 0:
+                parts.append(text)
+            else:
+                colour = self.COLOURS[min(int(confidence * len(self.COLOURS)), len(self.COLOURS) - 1)]
+                parts.append(f"\x1b[38;5;{colour}m{text}\x1b[0m")
+        return "".join(parts)

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from bd3_jax.data.tokenizers import bytes_tokenizer
+from bd3_jax.errors import UserError
+from bd3_jax.sampling.drawing import draw
+from bd3_jax.sampling.infilling import parse, resolve
+from bd3_jax.sampling.sampler import Sampler
+from tests.sampling.settings import change, sampling_config
+
+
+def letters(text):
+    return list(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("a[MASK]b", [97, None, 98]),
+        ("a [MASK*3] b", [97, None, None, None, 32, 98]),  # a space before a gap belongs to it
+        ("[MASK*2]", [None, None]),
+        ("[MASK][MASK]a", [None, None, 97]),
+        ("no gap, [mask]", letters("no gap, [mask]")),
+    ],
+)
+def test_parse(template, expected):
+    assert parse(template, letters) == expected
+
+
+def test_resolve():
+    c = sampling_config("bd3lm", infill="a[MASK*2]b", max_length=8)
+    resolved, given = resolve(c, letters)
+    assert (resolved.max_length, given) == (5, [97, None, None, 98])
+    assert resolve(c, letters, infill=[1, None])[1] == [1, None]
+    plain = sampling_config("bd3lm", prompt="ab")
+    assert resolve(plain, letters) == (plain, [97, 98])
+    assert resolve(plain, letters, prompt=[5])[1] == [5]
+    with pytest.raises(UserError, match="are both given"):
+        resolve(plain, letters, infill="[MASK]")
+    with pytest.raises(UserError, match=r"infill is 'abc'; allowed: a text with gaps"):
+        resolve(c, letters, infill="abc")
+    with pytest.raises(UserError, match=r"infill has 9 tokens with BOS; allowed: up to sampling.max_length = 8"):
+        resolve(c, letters, infill="ab[MASK*6]")
+
+
+@pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("bd3lm", 1), ("mdlm", 0), ("sedd", 0)])
+@pytest.mark.parametrize("sampler_name", ["first_hitting", "remasking"])
+def test_given_tokens_stay(make, objective, block_size, sampler_name):
+    """Gaps anywhere, in blocks that hold nothing else and in blocks that are given whole."""
+    fields = {} if objective == "sedd" else dict(sampler=sampler_name, num_steps=5)
+    sampler, params = make(objective, block_size, max_length=11, **fields)
+    given = [3, None, 5, 5, None, 1, 1, None, None, 4]
+    drawn = list(draw(sampler, params, sampler.canvas([given])[0], 6, 3))
+    filled = {tuple(each.tokens.tolist()) for each in drawn}
+    assert len(filled) == 6
+    for tokens in filled:
+        assert len(tokens) == 11
+        assert sampler.model.ids.mask not in tokens
+        assert all(token in (None, found) for token, found in zip(given, tokens[1:], strict=True))
+    if sampler_name == "first_hitting" and objective != "sedd":
+        # Nothing beyond the end is drawn where one block is the whole context; else the last block is.
+        surplus = 1 if block_size == 4 else 0
+        assert {each.nfe for each in drawn} == {4 + surplus}
+
+
+def test_the_gap_is_drawn_given_what_surrounds_it(make):
+    """MDLM sees both sides: another token after the gap changes what is drawn in it."""
+    sampler, params = make("mdlm", max_length=6)
+    fill = lambda given: [
+        each.tokens[2:4].tolist() for each in draw(sampler, params, sampler.canvas([given])[0], 20, 20)
+    ]
+    assert fill([3, None, None, 5, 5]) != fill([3, None, None, 6, 6])
+
+
+def test_a_text_with_gaps_through_the_bytes_tokenizer(make):
+    encode = bytes_tokenizer().encode
+    c, given = resolve(sampling_config("mdlm", infill="r[MASK*2]", max_length=12), encode)
+    sampler = Sampler(make("mdlm")[0].model, c)
+    row = sampler.canvas([[None if token is None else token % 9 for token in given]])[0]
+    assert row[:4].tolist() == [0, ord("r") % 9, 10, 10]
+    assert change(sampler, max_length=4).config == c
+    assert np.all(row[4:] == 10)

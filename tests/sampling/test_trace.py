@@ -1,0 +1,68 @@
+"""The replay: what is in the page, and the page in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from bd3_jax.data.tokenizers import bytes_tokenizer
+from bd3_jax.sampling.drawing import Drawn
+from bd3_jax.sampling.trace import Piece, Trace, page
+
+TOKENIZER = bytes_tokenizer()
+
+
+def drawn_from(text, calls, length=None):
+    tokens = np.asarray([256, *text.encode()], np.int32)
+    calls = np.asarray([0, *calls], np.int32)
+    confidence = np.where(calls > 0, calls / 10, 0).astype(np.float32)
+    return Drawn(3, tokens, 2, length or len(tokens), 0, 0.0, calls, confidence, nfe=int(calls.max()))
+
+
+def test_pieces():
+    trace = Trace.of(drawn_from("ab\u00e9<", [0, 2, 3, 1, 4]), 4, TOKENIZER)
+    # An e with an accent has two bytes: it is there when both are, with the lesser of their confidences.
+    assert trace == Trace(
+        3, 4, (Piece("a", 0, 0.0, 0), Piece("b", 2, 0.2, 0), Piece("\u00e9", 3, 0.1, 0), Piece("<", 4, 0.4, 1))
+    )
+    assert Trace.of(drawn_from("abc", [1, 2, 3], length=3), 4, TOKENIZER).pieces[-1].text == "b"
+
+
+def test_text_cannot_break_out_of_the_page():
+    trace = Trace.of(drawn_from("</script><b>", [1] * 12), 4, TOKENIZER)
+    html = page("a <title>", [trace])
+    assert "<title>a &lt;title&gt;</title>" in html
+    data = re.search(r'<script type="application/json" id=data>(.*?)</script>', html, re.DOTALL)[1]
+    assert "".join(piece[0] for piece in json.loads(data)[0]["pieces"]) == "</script><b>"
+    assert not re.search(r"(src|href)=|https?://|url\(", html)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")
+def test_in_a_browser(tmp_path):
+    """Opened in Chromium, stepped through and played: the text that is visible after each call."""
+    html = page("replay", [Trace.of(drawn_from("abcdefgh", [0, 0, 0, 2, 1, 4, 3, 5]), 4, TOKENIZER)])
+    script = """
+      const visible = () => [...document.querySelectorAll('#text span')].filter(s => s.className !== 'hidden')
+        .map(s => s.textContent).join('');
+      const seen = [visible()];
+      for (let n = 0; n < 5; n++) { document.getElementById('step').click(); seen.push(visible()); }
+      document.getElementById('back').click(); seen.push(visible());
+      document.getElementById('speed').value = '256';
+      document.getElementById('play').click();
+      setTimeout(() => { seen.push(visible()); seen.push(document.getElementById('play').textContent);
+        document.title = JSON.stringify(seen); }, 1500);
+    """
+    file = tmp_path / "trace.html"
+    file.write_text(html.replace("choose(0);\n</script>", f"choose(0);\n{script}</script>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
+    ended = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    title = re.search(r"<title>(.*?)</title>", ended.stdout)[1].replace("&quot;", '"')
+    seen = json.loads(title.replace("\u2591", "_"))
+    assert seen == [
+        "abc____", "abc_e__", "abcde__", "abcde_g", "abcdefg", "abcdefgh",  # step by step
+        "abcdefg", "abcdefgh", "Play",  # back, then played to the end
+    ]  # fmt: skip
