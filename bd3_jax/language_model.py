@@ -81,7 +81,7 @@ class LanguageModel:
         """Sum of the losses of all tokens given their draw (None for AR), and each of them, nats."""
         hidden = self.hidden(params, x0, draw, dropout_key)
         output = Output(params["output"]["kernel"], params["output"]["bias"])
-        chunks = Chunks(self.network.max_logits, self.batch_shards)
+        chunks = Chunks(self.network.settled.max_logits, self.batch_shards)
         return likelihood.token_losses(self.objective, hidden, output, x0, draw, self.ids.mask, chunks)
 
     def training_loss(

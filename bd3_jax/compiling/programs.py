@@ -15,6 +15,7 @@ from bd3_jax.data.corpora import get_corpus
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.models.platform import settle
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
@@ -44,7 +45,7 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     Raises:
       UserError: settings that do not fit the devices, or a tokenizer whose size is not known.
     """
-    config = for_platform(config, platform)
+    config = dataclasses.replace(config, model=settle(config.model, platform))
     mesh = sharding.make_mesh(config.mesh, devices)
     model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
     if mode == "train":
@@ -71,21 +72,6 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
     return Program(jax.jit(sampler.__call__, out_shardings=everywhere).trace(params, keys, canvas), held, rows)
-
-
-def for_platform(config: Config, platform: str) -> Config:
-    """Settings with 'auto' and 0 as they are decided on `platform`, which is not the one that this process runs on."""
-    model, on_cpu = config.model, platform == "cpu"
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            model,
-            dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
-            attention_chunk=model.attention_chunk or (64 if on_cpu else 256),
-            scan_unroll=model.scan_unroll or (model.num_layers if on_cpu else 1),
-            max_logits=model.max_logits or (2**24 if on_cpu else 2**26),
-        ),
-    )
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:

@@ -151,14 +151,8 @@ class Splash:
 
 
 @functools.cache
-def get_backend(name: Literal["auto", "dense", "decomposed", "splash"], chunk: int, length: int) -> Backend:
-    """The one place where the backend is chosen: 'auto' is splash on TPU where the length permits, else decomposed.
-
-    `chunk`: queries at a time; 0: 64 on CPU, 256 elsewhere, tiles of 512 for splash.
-    """
-    platform = jax.default_backend()
-    if name == "auto":
-        name = "splash" if platform == "tpu" and length % splash.LANES == 0 else "decomposed"
-    if name == "splash":
-        return Splash(chunk or 512)
-    return Dense() if name == "dense" else Decomposed(chunk or (64 if platform == "cpu" else 256))
+def get_backend(name: Literal["dense", "decomposed", "splash"], chunk: int, length: int) -> Backend:
+    """`chunk`: queries at a time. Lengths that splash does not take are decomposed in its place."""
+    if name == "splash" and length % splash.LANES == 0:
+        return Splash(chunk)
+    return Dense() if name == "dense" else Decomposed(chunk)

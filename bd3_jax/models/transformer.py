@@ -20,6 +20,7 @@ from bd3_jax.config import ModelConfig
 from bd3_jax.models import attention
 from bd3_jax.models.kv_cache import KVBlock, KVCache
 from bd3_jax.models.layer import REMAT_SAVED, Entry, Exit, Layer, normalise
+from bd3_jax.models.platform import settle
 
 Params = dict[str, Any]
 TIME_FEATURES = 256
@@ -163,11 +164,15 @@ class Network:
     adaln: bool
     time_conditioned: bool
 
+    @functools.cached_property
+    def settled(self) -> ModelConfig:
+        """The settings as they are on this platform."""
+        return settle(self.model, jax.default_backend())
+
     @property
     def dtype(self) -> jnp.dtype:
-        """Of activations: 'auto' is float32 on CPU, bfloat16 elsewhere."""
-        auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return jnp.dtype(auto if self.model.dtype == "auto" else self.model.dtype)
+        """Of activations."""
+        return jnp.dtype(self.settled.dtype)
 
     def _build(self, key: PRNGKeyArray) -> Transformer:
         return Transformer(self.model, self.vocab_size, self.adaln, rngs=nnx.Rngs(params=key))
@@ -233,7 +238,7 @@ class Network:
         if length % block_size:
             raise ValueError(f"the block size {block_size} must divide the length {length}")
         transformer, dtype, streams = self._merge(params), self.dtype, 1 if clean is None else 2
-        backend = attention.get_backend(self.model.attention, self.model.attention_chunk, length)
+        backend = attention.get_backend(self.settled.attention, self.settled.attention_chunk, length)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             if clean is None:
@@ -254,7 +259,7 @@ class Network:
         apply_block = self._rematerialised(apply_block)
         # The last layer stands outside the scan: of its clean half only keys and values are needed.
         last = self.model.num_layers - 1
-        if self._unroll >= last:
+        if self.settled.scan_unroll >= last:
             for index in range(last):
                 x = apply_block(x, index, jax.tree.map(lambda leaf, index=index: leaf[index], blocks), streams)
         else:
@@ -262,7 +267,7 @@ class Network:
                 lambda x, xs: (apply_block(x, *xs, streams), None),
                 x,
                 (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], blocks)),
-                unroll=self._unroll,
+                unroll=self.settled.scan_unroll,
             )
         x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), 1)
         return transformer.finish(x[:, 0], cond)
@@ -276,16 +281,6 @@ class Network:
             policies.save_only_these_names(*REMAT_SAVED) if self.model.remat == "block" else policies.nothing_saveable
         )
         return jax.checkpoint(block, policy=keep, static_argnums=3)
-
-    @property
-    def max_logits(self) -> int:
-        """How many a device holds at once in a loss: as many float32 as stay near a CPU's caches, or 256 MiB."""
-        return self.model.max_logits or (2**24 if jax.default_backend() == "cpu" else 2**26)
-
-    @property
-    def _unroll(self) -> int:
-        """Layers per iteration of the scan over layers; on CPU, whose loops are slow, all of them."""
-        return self.model.scan_unroll or (self.model.num_layers if jax.default_backend() == "cpu" else 1)
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens of clean context per sequence, a multiple of the block size."""
@@ -303,7 +298,7 @@ class Network:
     @property
     def _is_unrolled(self) -> bool:
         """Whether decoding goes through the layers without a scan."""
-        return self._unroll >= self.model.num_layers
+        return self.settled.scan_unroll >= self.model.num_layers
 
     def freeze(self, params: Params) -> Frozen:
         """What is the same at every call of `decode`, done once: the layers' weights as they compute.
@@ -376,7 +371,7 @@ class Network:
             stacked = frozen.layers, cache.keys, cache.values
             over: Any = apply_layer  # the scan gives no `at`
             of_all_but_last = jax.tree.map(lambda leaf: leaf[:last], stacked)
-            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self._unroll)
+            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self.settled.scan_unroll)
             x, new = apply_layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
             block = jax.tree.map(lambda before, newest: jnp.concatenate([before, newest[None]]), earlier, new)
         return transformer.finish(x[:, 0], self._cond(transformer, None)), block

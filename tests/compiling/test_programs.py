@@ -54,12 +54,6 @@ def test_the_table_agrees_with_the_tokenizers(name):
     assert programs.VOCABULARIES[name] == (ids.vocab_size, ids.mask)
 
 
-def test_auto_is_decided_for_the_machine_that_is_not_there():
-    config = from_config_dict(owt.get_config("mdlm"))
-    assert programs.for_platform(config, "tpu").model.dtype == "bfloat16"
-    assert programs.for_platform(config, "cpu").model.dtype == "float32"
-
-
 @pytest.mark.parametrize(
     ("text", "name", "size"),
     [("v5e:16x16", "v5e", 256), ("v5p:2x2x1", "v5p", 4), ("h100:8", "h100", 8), ("cpu:2", "cpu", 2)],

@@ -1,0 +1,29 @@
+"""What 'auto' and 0 stand for in a model's settings: the one place that decides by platform."""
+
+import dataclasses
+
+from bd3_jax.config import ModelConfig
+from bd3_jax.models.splash import LANES
+
+
+def settle(model: ModelConfig, platform: str) -> ModelConfig:
+    """The settings with every choice made for `platform`: cpu, tpu, or gpu and its other names.
+
+    - Activations are float32 on CPU, bfloat16 elsewhere.
+    - Attention is splash on TPU where the length permits it, in tiles of 512; else decomposed, in chunks of 64 queries
+      on CPU, which stay near its caches, and 256 elsewhere.
+    - Layers are unrolled on CPU, whose loops are slow (a scanned body takes 1.6 times as long), and scanned elsewhere.
+    - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
+    """
+    on_cpu, attention = platform == "cpu", model.attention
+    if attention == "auto":
+        attention = "splash" if platform == "tpu" and model.length % LANES == 0 else "decomposed"
+    chunk = 512 if attention == "splash" else 64 if on_cpu else 256
+    return dataclasses.replace(
+        model,
+        dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
+        attention=attention,
+        attention_chunk=model.attention_chunk or chunk,
+        scan_unroll=model.scan_unroll or (model.num_layers if on_cpu else 1),
+        max_logits=model.max_logits or (2**24 if on_cpu else 2**26),
+    )

@@ -1,0 +1,32 @@
+"""Settings that are decided by platform."""
+
+import dataclasses
+
+from bd3_jax.config import from_config_dict
+from bd3_jax.configs import owt
+from bd3_jax.models.platform import settle
+
+MODEL = from_config_dict(owt.get_config("mdlm")).model
+
+
+def test_nothing_is_left_open():
+    for platform in ("cpu", "gpu", "tpu"):
+        model = settle(MODEL, platform)
+        assert "auto" not in dataclasses.astuple(model)
+        assert model.attention_chunk * model.scan_unroll * model.max_logits > 0
+        assert settle(model, "cpu") == model  # what is settled stays so
+    assert settle(MODEL, "cpu").dtype == "float32"
+    assert settle(MODEL, "tpu").dtype == settle(MODEL, "gpu").dtype == "bfloat16"
+
+
+def test_what_is_set_stays():
+    chosen = dataclasses.replace(
+        MODEL, dtype="float32", attention="dense", attention_chunk=7, scan_unroll=3, max_logits=9
+    )
+    assert settle(chosen, "tpu") == chosen
+
+
+def test_splash_where_it_can():
+    assert settle(MODEL, "tpu").attention == "splash"
+    assert settle(dataclasses.replace(MODEL, length=1000), "tpu").attention == "decomposed"
+    assert settle(MODEL, "gpu").attention == "decomposed"
