@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import math
 import tempfile
 import time
 from typing import Any
@@ -62,14 +63,14 @@ class MetricLog:
                 self._events.write_event(Event(step=keep + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends a record; `values` has flat names such as train/loss. TensorBoard takes numbers and texts."""
+        """Appends a record; `values` has flat names such as train/loss. TensorBoard takes finite numbers and texts."""
         if self._events is None:
             return
         append_metrics(self._local, {"step": step, **values})
         numbers = {
             name: value
             for name, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         }
         summaries = [summary.scalar(name, value) for name, value in numbers.items()]
         summaries += [

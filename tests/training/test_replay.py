@@ -31,7 +31,7 @@ def test_a_run_that_diverges_stops_and_is_replayed(tiny_config, tmp_path, capsys
     assert cli.main(["replay", f"--workdir={workdir}"]) == 0
 
     # What is compared is what was saved.
-    (position,) = (workdir / "failed_step" / "checkpoints" / "4" / "position").iterdir()
+    position = workdir / "failed_step" / "checkpoints" / "4" / "position" / "metadata"
     saved = json.loads(position.read_text())
     position.write_text(json.dumps(saved | {"train/loss": 1.0}))
     assert not replay(config, workdir)
