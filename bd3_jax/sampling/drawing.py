@@ -18,7 +18,7 @@ from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.contexts import Memory
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sampling.stopping import DRAWS, WINDOW, Stop, StopRule
-from bd3_jax.sharding import spec
+from bd3_jax.sharding import by_rows, spec
 
 
 @dataclasses.dataclass
@@ -255,8 +255,12 @@ def _draw_blocks(
 def _compile(sampler: Sampler, shardings: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     """`_draw_blocks`, compiled ahead of time: so no sample's seconds hold the compilation."""
     arguments = jax.tree.unflatten(structure, leaves)
-    compiled = jax.jit(_draw_blocks, static_argnums=0, donate_argnums=2, out_shardings=shardings)
-    return compiled.lower(sampler, *arguments).compile()
+
+    def draw_blocks(*arguments: Any) -> tuple[Memory, Filled]:
+        with by_rows(None if shardings is None else shardings[1]):
+            return _draw_blocks(sampler, *arguments)
+
+    return jax.jit(draw_blocks, donate_argnums=1, out_shardings=shardings).lower(*arguments).compile()
 
 
 def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) -> Any:
