@@ -106,7 +106,7 @@ def _compute(
         logits = jnp.dot(h, kernel, preferred_element_type=jnp.float32) + output.bias
         losses, pull_back = jax.vjp(lambda logits: jnp.where(counted, loss(logits, *args), 0.0), logits)
         if not with_gradients:
-            return losses, jnp.zeros((size, 0)), Output(jnp.zeros((0, 0)), jnp.zeros(0))
+            return losses, jnp.zeros((size, 0), h.dtype), Output(jnp.zeros((0, 0)), jnp.zeros(0))
         (dlogits,) = pull_back(jnp.ones_like(losses))
         dlogits = dlogits.astype(h.dtype)
         # The bias' gradient as a product too: on CPU a sum over rows takes as long as all the rest.
