@@ -80,7 +80,7 @@ class LanguageModel:
     ) -> tuple[Float[Array, ""], Float[Array, "b L"]]:
         """Sum of the losses of all tokens given their draw (None for AR), and each of them, nats."""
         hidden = self.hidden(params, x0, draw, dropout_key)
-        output = Output(params["output"]["kernel"], params["output"]["bias"])
+        output = Output(*self.network.output(params))
         chunks = Chunks(self.network.settled.max_logits, self.batch_shards)
         return likelihood.token_losses(self.objective, hidden, output, x0, draw, self.ids.mask, chunks)
 

@@ -152,7 +152,7 @@ class Splash:
 
 @functools.cache
 def get_backend(name: Literal["dense", "decomposed", "splash"], chunk: int, length: int) -> Backend:
-    """`chunk`: queries at a time. Lengths that splash does not take are decomposed in its place."""
+    """`chunk`: queries at a time. A window of a length that splash does not take is decomposed in its place."""
     if name == "splash" and length % splash.LANES == 0:
         return Splash(chunk)
     return Dense() if name == "dense" else Decomposed(chunk)

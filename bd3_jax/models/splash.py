@@ -64,7 +64,8 @@ def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret:
     run = functools.partial(_attend, visible=visible, tile=tile, interpret=interpret)
     if mesh.empty:
         return run(q, k, v)
-    split = PartitionSpec(("data", "fsdp"), "tensor")
+    # A dimension whose size the devices do not divide stays whole, as in `sharding.RULES`.
+    split = PartitionSpec(("data", "fsdp"), "tensor" if q.shape[1] % mesh.shape["tensor"] == 0 else None)
     return jax.shard_map(run, in_specs=(split, split, split), out_specs=split, check_vma=False)(q, k, v)
 
 
@@ -82,7 +83,7 @@ def _attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
-    # It does not scale the scores.
+    # It does not scale the scores. In bfloat16 this rounds q once more, but for head widths that are a power of 4.
     return jax.vmap(kernel)(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v)
 
 
@@ -92,7 +93,7 @@ def _divisor(length: int, most: int) -> int:
 
 
 class _Pattern(masks._ComputableMask):
-    """The same for all heads, which the kernel finds out by comparing."""
+    """The same for all heads, which the kernel finds out by comparing. JAX 0.10 has no public class for it."""
 
     def __eq__(self, other: object) -> bool:
         return self is other

@@ -376,6 +376,15 @@ class Network:
             block = jax.tree.map(lambda before, newest: jnp.concatenate([before, newest[None]]), earlier, new)
         return transformer.finish(x[:, 0], self._cond(transformer, None)), block
 
+    def output(self, params: Params) -> tuple[Float[Array, "d V"], Float[Array, "V"]]:
+        """The output layer. On a mesh its whole width is on every device: gathered once, and not for every use."""
+        kernel, bias = params["output"]["kernel"], params["output"]["bias"]
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty:
+            columns = "tensor" if self.vocab_size % mesh.shape["tensor"] == 0 else None
+            kernel = jax.lax.with_sharding_constraint(kernel, jax.sharding.PartitionSpec(None, columns))
+        return kernel, bias
+
     def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""
         kernel, bias = params["output"]["kernel"], params["output"]["bias"]

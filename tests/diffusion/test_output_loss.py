@@ -60,6 +60,21 @@ def test_equals_autodiff_through_all_logits(name, counted):
         np.testing.assert_allclose(ours(HIDDEN, OUTPUT)[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
+def test_bfloat16_states():
+    """With gradients and without, near the float32 losses; the output layer's gradient is float32."""
+    loss, arguments = LOSSES["ar"]
+    counted, hidden = jnp.ones_like(X0, bool), HIDDEN.astype(jnp.bfloat16)
+
+    def ours(hidden, output):
+        return output_loss.summed(loss, Chunks(5 * V, 2), hidden, output, arguments(None), counted)
+
+    expected = ours(HIDDEN, OUTPUT)[1]
+    np.testing.assert_allclose(ours(hidden, OUTPUT)[1], expected, rtol=0.05, atol=0.05)
+    (_, losses), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, OUTPUT)
+    np.testing.assert_allclose(losses, expected, rtol=0.05, atol=0.05)
+    assert [leaf.dtype for leaf in jax.tree.leaves(gradients)] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
 def test_single_losses_have_no_gradient():
     loss, arguments = LOSSES["ar"]
 

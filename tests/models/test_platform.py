@@ -14,7 +14,7 @@ def test_nothing_is_left_open():
         model = settle(MODEL, platform)
         assert "auto" not in dataclasses.astuple(model)
         assert model.attention_chunk * model.scan_unroll * model.max_logits > 0
-        assert settle(model, "cpu") == model  # what is settled stays so
+        assert settle(model, platform) == model  # what is settled stays so
     assert settle(MODEL, "cpu").dtype == "float32"
     assert settle(MODEL, "tpu").dtype == settle(MODEL, "gpu").dtype == "bfloat16"
 
@@ -30,3 +30,5 @@ def test_splash_where_it_can():
     assert settle(MODEL, "tpu").attention == "splash"
     assert settle(dataclasses.replace(MODEL, length=1000), "tpu").attention == "decomposed"
     assert settle(MODEL, "gpu").attention == "decomposed"
+    taken_to_a_laptop = dataclasses.replace(MODEL, attention="splash")
+    assert settle(taken_to_a_laptop, "cpu").attention == "decomposed"
