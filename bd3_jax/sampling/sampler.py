@@ -173,7 +173,7 @@ class Sampler:
     ) -> tuple[Memory, Filled]:
         """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments.
 
-        One compiled function serves every prompt and every length. `memory` may be donated.
+        One compiled function serves every prompt and every length but those below K blocks. `memory` may be donated.
         """
         c, mask = self.config, self.model.ids.mask
         if self.model.objective == "sedd":
