@@ -162,7 +162,7 @@ MISTAKES = [
         "--coordinator is missing; allowed: --coordinator, --num",
     ),
     (["replay", CONFIG], "--workdir is missing; allowed: the folder of the run"),
-    (["train", "--workdir=broken"], "broken/config.json cannot be read as JSON"),
+    (["train", "--workdir=broken"], "broken/config.json, the settings of the run, cannot be read"),
     (["train", "--workdir=list"], "list/config.json does not hold the settings of a run; choose another --workdir"),
     (["eval", "--workdir=exported"], "exported/config.json does not hold the settings of a run"),
     *(

@@ -14,8 +14,8 @@ import optax
 from etils import epath
 
 from bd3_jax import sharding
-from bd3_jax.config import MeshConfig, from_config_dict
-from bd3_jax.configs import workdir
+from bd3_jax.checkpoints.run_folder import read_config
+from bd3_jax.config import MeshConfig
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.training.state import init_state, make_optimizer, shard_state
@@ -25,7 +25,7 @@ STEPS = 4
 
 
 def main(folder: epath.Path, meshes: list[str]) -> None:
-    config = from_config_dict(workdir.get_config(str(folder)))
+    config = read_config(folder)
     dataset = open_dataset(config.data, config.model.length, "train")
     print(json.dumps({name: run(config, dataset, name) for name in meshes}))
 
