@@ -81,5 +81,5 @@ lock: ## write requirements.lock anew from setup.py's ranges
 	@mv build/requirements.lock requirements.lock
 
 clean: ## remove the environment, caches and build products (data/ and runs/ stay)
-	@rm -rf .venv .venv-beam .venv-tpu .venv-cuda .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv .venv-beam .venv-tpu .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find bd3_jax configs tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

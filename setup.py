@@ -61,7 +61,6 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<1"],
         # 2.6 is the first whose weights_only loading refuses code by default; the others judge samples.
         "torch": ["accelerate>=1.0", "gguf>=0.17", "torch>=2.6", "transformers>=4.57"],
-        "notebook": ["jupyter>=1.1,<2"],
         "wandb": ["wandb>=0.17"],
     },
     classifiers=[

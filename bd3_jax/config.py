@@ -265,7 +265,8 @@ def _check(c: Config) -> None:
     at_least(0, "model.max_logits")
     require(m.width % m.num_heads == 0, "model.num_heads", m.num_heads, f"a divisor of model.width = {m.width}")
     require(m.width // m.num_heads % 2 == 0, "model.num_heads", m.num_heads, "an even width per head (rotary pairs)")
-    fraction("model.dropout")
+    # Rates are rounded to 1/65,536, and what is left is scaled up by 1 / (1 - rate).
+    require(0 <= m.dropout <= 0.99, "model.dropout", m.dropout, "0 to 0.99")
 
     if c.objective == "bd3lm":
         divides = c.block_size >= 1 and length % c.block_size == 0

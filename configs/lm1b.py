@@ -33,7 +33,7 @@ from bd3_jax.configs import base
 
 def get_config(string: str = "bd3lm,block_size=4") -> ConfigDict:
     config = base.get_config(string)
-    config.model.update(length=128, attention_chunk=128)
+    config.model.length = 128
     config.data.update(
         corpus="lm1b", tokenizer="bert-base-uncased", directory="data/lm1b", insert_special=True, insert_eos=True
     )

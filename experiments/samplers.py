@@ -94,7 +94,7 @@ def judge(out: epath.Path, name: str) -> None:
     scores = {}
     for path in sorted(out.glob("*.jsonl")):
         records = read_records(path)
-        texts = [f"<|endoftext|>{record['text']}" for record in records]
+        texts = [f"{model.bos}{record['text']}" for record in records]
         scores[records[0]["name"]] = dataclasses.asdict(score(texts, model)[1])
         print(records[0]["name"], scores[records[0]["name"]], flush=True)
     (out / "scores.json").write_text(json.dumps({"judge": epath.Path(name).name, "of": scores}, indent=1) + "\n")

@@ -61,7 +61,7 @@ def test_flags_of_sample_alone(calls, capsys):
     assert cli.main(["sample", CONFIG, "--workdir=run", "--trace", "--watch"]) == 0
     assert calls[0][3:] == (("trace", True), ("watch", True))
     assert cli.main(["train", CONFIG, "--workdir=run", "--trace"]) == 2
-    assert capsys.readouterr().err == "error: --trace is for sample, found it with train\n"
+    assert capsys.readouterr().err == "error: --trace is for sample, not for train\n"
 
 
 def test_prepare_needs_no_workdir(calls):
@@ -154,7 +154,7 @@ MISTAKES = [
         ["train", "--config=configs/quickstart.py:bd3lm,block_size=7", "--workdir=run"],
         "config.block_size is 7; allowed",
     ),
-    (["train", CONFIG, "--workdir=run", "--watch"], "--watch is for eval, not for train"),
+    (["train", CONFIG, "--workdir=run", "--watch"], "--watch is for eval and sample, not for train"),
     (["sample", CONFIG, "--workdir=run", "--suite=zeroshot"], "--suite is for eval, not for sample"),
     (["eval", CONFIG, "--workdir=run", "--suite=zeroshot", "--watch"], "--watch and --suite are both given"),
     (
@@ -162,7 +162,7 @@ MISTAKES = [
         "--coordinator is missing; allowed: --coordinator, --num",
     ),
     (["replay", CONFIG], "--workdir is missing; allowed: the folder of the run"),
-    (["train", "--workdir=broken"], "broken/config.json cannot be read as JSON"),
+    (["train", "--workdir=broken"], "broken/config.json, the settings of the run, cannot be read"),
     (["train", "--workdir=list"], "list/config.json does not hold the settings of a run; choose another --workdir"),
     (["eval", "--workdir=exported"], "exported/config.json does not hold the settings of a run"),
     *(

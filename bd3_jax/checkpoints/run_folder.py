@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from bd3_jax.config import Config
+from bd3_jax.config import Config, from_config_dict
+from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 from bd3_jax.folders import writing
 from bd3_jax.metrics import FILE_NAME as METRICS
@@ -35,6 +37,52 @@ def write_config(config: Config, workdir: epath.Path) -> None:
         temporary.replace(workdir / FILE_NAME)
 
 
+def read_settings(workdir: epath.Path) -> dict[str, Any]:
+    """The groups of settings of a run; those that did not exist yet when it was made have their defaults.
+
+    Raises:
+      UserError: they are missing or damaged.
+    """
+    path = workdir / FILE_NAME
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=_with_tuples)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from None
+    if not isinstance(settings, dict) or "objective" not in settings:
+        raise UserError(f"{path} does not hold the settings of a run; choose another --workdir")
+    return _with_new_fields(settings)
+
+
+def read_config(workdir: epath.Path) -> Config:
+    """As `read_settings`, checked. Raises UserError as it does, and for settings that are not allowed."""
+    path, settings = workdir / FILE_NAME, read_settings(workdir)
+    try:
+        return from_config_dict(ConfigDict(settings))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """Settings that have several values are tuples, for which JSON has only lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in group.items()}
+
+
+def _with_new_fields(settings: dict[str, Any]) -> dict[str, Any]:
+    objective, size = settings.get("objective"), settings.get("block_size")
+    try:
+        defaults = base.get_config(f"bd3lm,block_size={size}" if objective == "bd3lm" else str(objective)).to_dict()
+    except UserError:
+        return settings  # it is no objective, which is told where all settings are checked
+    for name, group in settings.items():
+        if isinstance(group, dict) and isinstance(defaults.get(name), dict):
+            defaults[name] |= group
+        else:
+            defaults[name] = group
+    return defaults
+
+
 def check_begins(config: Config, workdir: epath.Path) -> None:
     """Raises UserError where beginning a run in `workdir`, which has no checkpoint, would write over something.
 
@@ -43,10 +91,9 @@ def check_begins(config: Config, workdir: epath.Path) -> None:
     by the time that the second checkpoint was due, for each is written while training goes on, and the next waits for
     it. Metrics of later steps had a checkpoint, which somebody has taken away.
     """
-    path = workdir / FILE_NAME
-    if path.exists():
+    if (workdir / FILE_NAME).exists():
         check_continues(config, workdir)
-        every = _settings(path)["training.checkpoint_every"]
+        every = read_settings(workdir)["training"]["checkpoint_every"]
         last = max((record["step"] for record in read_metrics(workdir)), default=0)
         if last > 2 * every:
             raise UserError(
@@ -72,23 +119,12 @@ def check_architecture(config: Config, workdir: epath.Path) -> None:
 
 
 def _compare(config: Config, workdir: epath.Path, names: Iterable[str], advice: str) -> None:
-    path = workdir / FILE_NAME
-    found = _settings(path)
-    wanted = dict(_flatten(config.to_dict()))
+    found, wanted = (dict(_flatten(settings)) for settings in (read_settings(workdir), config.to_dict()))
     for name in names:
         if found.get(name) != wanted[name]:
-            raise UserError(f"config.{name} is {wanted[name]!r}, but {path} has {found.get(name)!r}; {advice}")
-
-
-def _settings(path: epath.Path) -> dict[str, Any]:
-    """Dotted name -> value."""
-    try:
-        settings = dict(_flatten(json.loads(path.read_text())))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from error
-    if "objective" not in settings:
-        raise UserError(f"{path} does not hold the settings of a run, so its folder is none; choose another --workdir")
-    return settings
+            raise UserError(
+                f"config.{name} is {wanted[name]!r}, but {workdir / FILE_NAME} has {found.get(name)!r}; {advice}"
+            )
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

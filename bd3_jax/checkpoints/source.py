@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints import orbax, published, pytorch, run_folder
 from bd3_jax.checkpoints.published import Architecture
-from bd3_jax.config import Config, from_config_dict
+from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 
 Weights = Literal["ema", "raw"]
@@ -88,7 +87,7 @@ def _is_run(path: epath.Path) -> bool:
 
 
 def _open_run(name: str, workdir: epath.Path, weights: Weights) -> Source:
-    config = read_config(workdir)
+    config = run_folder.read_config(workdir)
     summary = orbax.summarize(workdir)
     architecture = Architecture.of(config, summary.vocab_size, summary.low, summary.high)
 
@@ -97,17 +96,3 @@ def _open_run(name: str, workdir: epath.Path, weights: Weights) -> Source:
 
     tokenizer = workdir / "tokenizer" if (workdir / "tokenizer").exists() else None
     return Source(name, architecture, config, load, tokenizer, run=workdir, step=summary.step)
-
-
-def read_config(workdir: epath.Path) -> Config:
-    """The settings of a run. Raises UserError where they are missing or damaged."""
-    from bd3_jax.configs.workdir import with_new_fields
-
-    path = workdir / run_folder.FILE_NAME
-    try:
-        settings = with_new_fields(json.loads(path.read_text(encoding="utf-8")))
-        return from_config_dict(ConfigDict(settings))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 
 from bd3_jax.errors import UserError
+from bd3_jax.training.speed import peak_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,26 +23,31 @@ class Chip:
 
     Attributes:
       platform: whose compiler it takes.
+      kind: its name in JAX.
       memory: bytes of HBM that a program may use.
-      flops: peak of bfloat16 matrix products with float32 sums, per second.
       bandwidth: of HBM, bytes per second.
       link: of all its links to other chips, bytes per second in one direction.
     """
 
     platform: Literal["tpu", "cuda", "cpu"]
+    kind: str
     memory: int
-    flops: float
     bandwidth: float
     link: float
 
+    @property
+    def flops(self) -> float:
+        """Peak of bfloat16 matrix products with float32 sums, per second; nan where it is not known."""
+        return peak_flops(self.kind) or math.nan
+
 
 GIB = 2**30
-# Peaks and bandwidths from the makers' data sheets; memory is what their compilers leave to a program.
+# Bandwidths from the makers' data sheets; memory is what their compilers leave to a program.
 CHIPS = {
-    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 200e9),
-    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 600e9),
-    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1638e9, 400e9),
-    "h100": Chip("cuda", 84_978_434_048, 989e12, 3352e9, 450e9),
+    "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), 819e9, 200e9),
+    "v5p": Chip("tpu", "TPU v5", int(95.74 * GIB), 2765e9, 600e9),
+    "v6e": Chip("tpu", "TPU v6 lite", int(31.25 * GIB), 1638e9, 400e9),
+    "h100": Chip("cuda", "NVIDIA H100", 84_978_434_048, 3352e9, 450e9),
 }
 NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}  # platform -> the module that brings its compiler
 
@@ -84,7 +90,7 @@ class Target:
     def chip(self) -> Chip:
         if self.name == "cpu":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.size
-            return Chip("cpu", memory, math.nan, math.nan, math.nan)
+            return Chip("cpu", "cpu", memory, math.nan, math.nan)
         return CHIPS[self.name]
 
     @property

@@ -32,6 +32,8 @@ from bd3_jax.special_ids import SpecialIds
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What the first bytes of a character are decoded to."""
 FILE_NAME = "tokenizer.json"
 TRAINED = "bpe"
 

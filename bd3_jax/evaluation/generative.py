@@ -121,10 +121,14 @@ def windowed_losses(
 
 
 class TransformersJudge:
-    """A model of the `transformers` library: a name on the hub, a folder, or a GGUF file; float32."""
+    """A model of the `transformers` library: a name on the hub, a folder, or a GGUF file; float32.
+
+    Attributes:
+      bos: what texts are to begin with: its BOS, or its EOS where it has none.
+    """
 
     def __init__(self, name: str):
-        """Raises UserError where the packages are missing or there is no such model."""
+        """Raises UserError where the packages are missing, or there is no such model, or it has neither BOS nor EOS."""
         try:
             import torch
             import transformers
@@ -139,12 +143,15 @@ class TransformersJudge:
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--judge={name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         self._model: Any = model.eval()
-        vocabulary = self._tokenizer.get_vocab()
-        ends = {self._tokenizer.eos_token_id, vocabulary.get(END_OF_TEXT)}
-        self.ends = frozenset(token for token in ends if token is not None)
+        bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
+        if not (bos or eos):
+            raise UserError(f"--judge={name} has neither a BOS nor an EOS token; allowed: a model that has one")
+        self.bos, self._eos = bos or eos, eos or bos
+        self.ends = frozenset(self._tokenizer.encode(self._eos, add_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """See `Judge`; our <|endoftext|> counts as the judge's EOS."""
+        return self._tokenizer.encode(text.replace(END_OF_TEXT, self._eos), add_special_tokens=False)
 
     def losses(self, tokens: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n-1"]:
         ids = self._torch.from_numpy(tokens)[None]
@@ -153,10 +160,10 @@ class TransformersJudge:
             return self._torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").double().numpy()
 
 
-def judge_file(path: epath.Path, name: str, max_length: int, bos: str = END_OF_TEXT) -> Summary:
+def judge_file(path: epath.Path, name: str, max_length: int) -> Summary:
     """Scores the texts of a JSONL file, and writes FILE-scores.jsonl beside it, one object a line, and the summary.
 
-    Each text is read with `bos` before it.
+    Each text is read with the judge's BOS before it.
 
     Raises:
       UserError: the file holds no texts, or the judge cannot be had.
@@ -165,7 +172,8 @@ def judge_file(path: epath.Path, name: str, max_length: int, bos: str = END_OF_T
     texts = [record.get("text") for record in records]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path} is no file of samples: every line must be an object with a text")
-    scores, summary = score([f"{bos}{text}" for text in texts], TransformersJudge(name), max_length)
+    judge = TransformersJudge(name)
+    scores, summary = score([f"{judge.bos}{text}" for text in texts], judge, max_length)
     out = path.with_name(f"{path.stem}-scores.jsonl")
     with writing(out):
         lines = [json.dumps({"judge": name, **dataclasses.asdict(each)}) for each in scores]

@@ -9,9 +9,8 @@ from typing import Any
 
 from etils import epath
 
-from bd3_jax import config as settings
+from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.config import Config
-from bd3_jax.configs import workdir as recorded
 from bd3_jax.errors import UserError
 from bd3_jax.metrics import read_metrics, read_records
 
@@ -46,7 +45,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     metrics = read_metrics(workdir)
     if not metrics:
         raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
-    config = settings.from_config_dict(recorded.get_config(str(workdir)))
+    config = read_config(workdir)
     samples = read_records(workdir / "samples.jsonl")
     if not all(isinstance(sample.get("text"), str) for sample in samples):
         raise UserError(f"{workdir / 'samples.jsonl'} has a record without text, so bd3 sample did not write it")

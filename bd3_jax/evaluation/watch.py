@@ -5,7 +5,7 @@ import time
 from etils import epath
 
 from bd3_jax.checkpoints import orbax
-from bd3_jax.checkpoints.source import read_config
+from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate

@@ -8,16 +8,13 @@ from typing import TextIO
 import numpy as np
 from jaxtyping import Int
 
-from bd3_jax.data.tokenizers import Tokenizer
+from bd3_jax.data.tokenizers import UNFINISHED, Tokenizer
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling.drawing import Drawn, Slots
 from bd3_jax.sampling.sampler import Sampler
 
 TOKENS_PER_PIECE = 4
 """Blocks that are shorter come several at a time."""
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the first bytes of a character to."""
 
 
 def pieces(sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenizer: Tokenizer) -> Iterator[str]:

@@ -5,10 +5,8 @@ import html
 import json
 from collections.abc import Sequence
 
-from bd3_jax.data.tokenizers import Tokenizer
+from bd3_jax.data.tokenizers import UNFINISHED, Tokenizer
 from bd3_jax.sampling.drawing import Drawn
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from bd3_jax import sharding
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, summarize
-from bd3_jax.checkpoints.source import read_config
 from bd3_jax.config import Config
 from bd3_jax.data.manifest import FILE_NAME as MANIFEST
 from bd3_jax.data.manifest import load_manifest
@@ -264,7 +263,7 @@ def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
 
 def _tell_rate(config: Config, workdir: epath.Path, step: int) -> None:
     """Says what another number of steps does to the learning rate of a run that is continued."""
-    before, now = read_config(workdir).training.num_steps, config.training.num_steps
+    before, now = run_folder.read_config(workdir).training.num_steps, config.training.num_steps
     if config.optimizer.decay == "cosine" and now != before:
         was, rate = (float(learning_rate(config.optimizer, steps)(step)) for steps in (before, now))
         _say(

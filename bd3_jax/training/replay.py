@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
 from bd3_jax import sharding
+from bd3_jax.checkpoints.orbax import FOLDER as CHECKPOINTS
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
 from bd3_jax.config import Config
 from bd3_jax.data.tokenizers import load_tokenizer
@@ -63,8 +64,14 @@ class InFlight:
 def save_failed(workdir: epath.Path, state: TrainState, step: Step, config: Config) -> None:
     """Writes WORKDIR/failed_step: the state before that step, its batch, its key and what came of it.
 
+    It takes the place of one before it, as where the same command has come to the same step again.
+
     `state` may be some steps further, for they have changed nothing but the counts.
     """
+    earlier = workdir / FOLDER / CHECKPOINTS
+    if jax.process_index() == 0 and earlier.exists():
+        earlier.rmtree()
+    multihost_utils.sync_global_devices(FOLDER)  # before others look which steps are there
     before = dataclasses.replace(
         state,
         step=sharding.place(np.int32(step.number - 1), state.step.sharding),

@@ -6,6 +6,7 @@ import pytest
 from etils import epath
 
 from bd3_jax.checkpoints import run_folder
+from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 
 
@@ -49,6 +50,20 @@ def test_another_run(config, tiny_config, workdir):
     run_folder.write_config(config, workdir)
     with pytest.raises(UserError, match=r"config.seed is 1, but .*config.json has 0; .* choose another --workdir"):
         run_folder.check_begins(tiny_config("bd3lm,block_size=4", seed=1), workdir)
+
+
+def test_settings_that_did_not_exist_yet_have_their_defaults(config, tiny_config, workdir):
+    run_folder.write_config(config, workdir)
+    settings = json.loads((workdir / "config.json").read_text())
+    del settings["noise"]["ignore_bos"], settings["training"]["checkpoint_every"], settings["search"]
+    (workdir / "config.json").write_text(json.dumps(settings))
+    write_metrics(workdir, 0, 8, 9)
+    run_folder.check_begins(config, workdir)
+    with pytest.raises(UserError, match=r"config.noise.ignore_bos is False, but .*config.json has True"):
+        run_folder.check_continues(tiny_config("bd3lm,block_size=4", **{"noise.ignore_bos": False}), workdir)
+    read = run_folder.read_config(workdir)
+    assert read.search.widths == base.get_config().search.widths
+    assert read.optimizer == config.optimizer
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "manifest.json", "tokenizer"])

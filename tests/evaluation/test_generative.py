@@ -51,25 +51,26 @@ def test_windows(length):
     np.testing.assert_array_equal(contexts, place - np.where(place < WINDOW, 0, first))
 
 
-@pytest.fixture(scope="module")
-def tiny_gpt2(tmp_path_factory):
-    """A folder with a random GPT-2 of 32 dimensions over bytes and <|endoftext|>."""
+def tiny_judge(folder, **special):
+    """A random GPT-2 of 32 dimensions over bytes and <|endoftext|>, or what else the special tokens are."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from bd3_jax.data.tokenizers import bytes_tokenizer
 
-    folder = tmp_path_factory.mktemp("judge")
     bytes_tokenizer().save(folder)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=1024)
+    config = transformers.GPT2Config(vocab_size=len(fast), n_embd=32, n_layer=2, n_head=2, n_positions=1024)
     model = transformers.GPT2LMHeadModel(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory):
+    return tiny_judge(tmp_path_factory.mktemp("judge"), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 def test_a_tiny_gpt2(tiny_gpt2):
@@ -100,6 +101,25 @@ def test_bd3_judge(tiny_gpt2, tmp_path, capsys):
     assert "mean perplexity" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "samples-scores.jsonl").read_text().splitlines()]
     assert [line["length"] for line in lines] == [4, 12]
+
+
+@pytest.mark.parametrize(
+    ("special", "begins", "ends"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, 257, 258),
+        ({"eos_token": "</s>"}, 257, 257),
+        ({"bos_token": "<s>"}, 257, 257),
+    ],
+)
+def test_a_judge_with_other_special_tokens(tmp_path, special, begins, ends):
+    judge = TransformersJudge(str(tiny_judge(tmp_path, **special)))
+    assert judge.encode(f"{judge.bos}ab<|endoftext|>c") == [begins, *b"ab", ends, *b"c"]
+    assert judge.ends == {ends}
+
+
+def test_a_judge_without_special_tokens(tmp_path):
+    with pytest.raises(UserError, match="has neither a BOS nor an EOS token"):
+        TransformersJudge(str(tiny_judge(tmp_path)))
 
 
 def test_what_cannot_be_judged(tmp_path, monkeypatch):

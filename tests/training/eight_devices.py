@@ -14,8 +14,8 @@ import optax
 from etils import epath
 
 from bd3_jax import sharding
-from bd3_jax.config import MeshConfig, from_config_dict
-from bd3_jax.configs import workdir
+from bd3_jax.checkpoints.run_folder import read_config
+from bd3_jax.config import MeshConfig
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.training.state import init_state, make_optimizer, shard_state
@@ -25,19 +25,19 @@ STEPS = 4
 
 
 def main(folder: epath.Path, meshes: list[str]) -> None:
-    config = from_config_dict(workdir.get_config(str(folder)))
+    config = read_config(folder)
     dataset = open_dataset(config.data, config.model.length, "train")
-    model = LanguageModel.from_config(config, dataset.tokenizer.ids)
-    print(json.dumps({name: run(config, model, dataset, name) for name in meshes}))
+    print(json.dumps({name: run(config, dataset, name) for name in meshes}))
 
 
-def run(config, model, dataset, name):
+def run(config, dataset, name):
     shape = MeshConfig(*(int(size) for size in name.split("x")))
     if shape.data * shape.fsdp * shape.tensor == 1:
         devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
         mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     else:
         mesh = sharding.make_mesh(shape)
+    model = LanguageModel.from_config(config, dataset.tokenizer.ids, sharding.batch_shards(mesh))
     optimizer = make_optimizer(config.optimizer, STEPS)
     init = functools.partial(init_state, model.network, optimizer, config, jax.random.key(1))
     abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))

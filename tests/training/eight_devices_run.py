@@ -6,8 +6,8 @@ import sys
 import jax
 from etils import epath
 
-from bd3_jax.config import Config, MeshConfig, from_config_dict
-from bd3_jax.configs import workdir as recorded
+from bd3_jax.checkpoints.run_folder import read_config
+from bd3_jax.config import Config, MeshConfig
 from bd3_jax.evaluation.perplexity import evaluate
 from bd3_jax.training.loop import train
 
@@ -15,7 +15,7 @@ from bd3_jax.training.loop import train
 def main(workdir: epath.Path) -> None:
     """As many steps as the folder's config.json says: half of them on 2x2x2, the others on 1x4x2."""
     assert jax.device_count() == 8
-    config = from_config_dict(recorded.get_config(str(workdir)))
+    config = read_config(workdir)
     half = dataclasses.replace(config.training, num_steps=config.training.num_steps // 2)
     train(dataclasses.replace(on(config, 2, 2, 2), training=half), workdir)
     train(on(config, 1, 4, 2), workdir)
