@@ -45,7 +45,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{count}, the number of devices (data = -1: all that fsdp and tensor leave)"
         )
     names, kinds, shape = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, (data, config.fsdp, config.tensor)
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # A described machine of one slice has no number of it. Of GPUs the number says which host they are in.
+    numbers = {getattr(device, "slice_index", 0) for device in devices}
+    slices = len(numbers) if devices[0].platform == "tpu" else 1
     if slices > 1:
         return Mesh(arrange(devices, shape, slices), names, axis_types=kinds)
     return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)

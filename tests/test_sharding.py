@@ -64,6 +64,25 @@ def test_slices_lie_along_data():
         sharding.arrange(devices, (1, 8, 1), 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What JAX says of a chip of a described machine of one slice, which has no number of it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_a_described_machine_of_one_slice():
+    chips = [Described(n, (n % 2, n // 2, 0)) for n in range(4)]
+    mesh = sharding.make_mesh(MeshConfig(-1, 2, 1), chips)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert set(mesh.devices.flat) == set(chips)
+
+
 class Rows:
     """A sharding of 8 rows over four processes of two devices, as far as `host_share` asks."""
 
