@@ -10,12 +10,13 @@ import pytest
 from etils import epath
 
 from bd3_jax.checkpoints import orbax, run_folder
-from bd3_jax.config import EvalConfig
+from bd3_jax.config import EvalConfig, MeshConfig
 from bd3_jax.data.pipeline import Dataset
 from bd3_jax.data.tokenizers import bytes_tokenizer, train_bpe
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import perplexity
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.sharding import batch_sharding, make_mesh
 
 
 def settings(**changes):
@@ -102,8 +103,7 @@ def test_the_seed_decides_the_noise(toy_lm, random_params, dataset):
 
 def test_rows_split_over_a_mesh(toy_lm, random_params, dataset):
     lm = toy_lm("bd3lm", 4)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = batch_sharding(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1)), 2, "eval.batch_size")
     params = random_params(lm)
     ours = perplexity.evaluate_params(lm, params, dataset(), settings(), sharding=split)
     assert ours.nll == pytest.approx(perplexity.evaluate_params(lm, params, dataset(), settings()).nll, rel=1e-5)
@@ -180,7 +180,7 @@ def test_table_and_record_say_how_the_figure_came_about():
 @pytest.mark.parametrize(("wrong", "figure"), [(math.nan, math.isnan), (math.inf, math.isinf), (1e9, math.isinf)])
 def test_losses_that_are_not_finite_are_counted(toy_lm, wrong, figure):
     """The third is finite, and its perplexity is not."""
-    losses = np.array([1.0, wrong, 2.0])
+    losses = np.array([[1.0], [wrong], [2.0]])
     result = perplexity.Result.of(toy_lm("ar"), losses, 12, "monte_carlo", "test", False, True)
     assert result.nonfinite == int(not math.isfinite(wrong))
     assert figure(result.perplexity)
