@@ -209,7 +209,8 @@ def _train(config: Config, workdir: epath.Path) -> None:
                     save(step)
         except Stopped:
             stopped = True
-            save(step)
+            if step != newest:  # else it was stopped again in what is done after that step, which is saved as it is
+                save(step)
 
     # ----------------------------------------------------------------------------------------------------- end
     if failed:

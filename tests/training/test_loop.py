@@ -135,13 +135,15 @@ def stopped_validation(at):
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monkeypatch, at):
-    """At step 0 or 2; the run continues exactly, with accumulation, the search and samples."""
+    """At step 0 or 2, twice; the run continues exactly, with accumulation, the search and samples."""
     config = tiny_config("bd3lm,block_size=4", **SEARCH, **{"training.num_steps": 4, "training.eval_every": 2})
-    with monkeypatch.context() as patch:
-        patch.setattr(validation, "eval_batches", stopped_validation(at))
-        with pytest.raises(SystemExit):
-            train(config, epath.Path(tmp_path / "stopped"))
-    assert latest_step(epath.Path(tmp_path / "stopped")) == 2 * (at - 1)
+    for call in (at, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(validation, "eval_batches", stopped_validation(call))
+            with pytest.raises(SystemExit) as ended:
+                train(config, epath.Path(tmp_path / "stopped"))
+        assert ended.value.code == 143
+        assert latest_step(epath.Path(tmp_path / "stopped")) == 2 * (at - 1)
     for name in ("stopped", "whole"):
         train(config, epath.Path(tmp_path / name))
     found, wanted = (records(tmp_path / name) for name in ("stopped", "whole"))
