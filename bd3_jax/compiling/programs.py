@@ -15,7 +15,7 @@ from bd3_jax.data.corpora import get_corpus
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.platform import settle
+from bd3_jax.sampling.drawing import abstract_memory, trace_step
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
@@ -40,14 +40,15 @@ class Program(NamedTuple):
 def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: str, vocab_size: int) -> Program:
     """The program of `mode` (train, eval or sample) that a run with these settings compiles on these devices.
 
+    That of `sample` is one step of `sampling.drawing.Slots`, some blocks of `config.sampling.batch_size` sequences.
     `vocab_size` is V, or 0 for that of `config.data.tokenizer`.
 
     Raises:
       UserError: settings that do not fit the devices, or a tokenizer whose size is not known.
     """
-    config = dataclasses.replace(config, model=settle(config.model, platform))
     mesh = sharding.make_mesh(config.mesh, devices)
     model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
+    model = dataclasses.replace(model, network=dataclasses.replace(model.network, platform=platform))
     if mode == "train":
         _, _, state, traced = make_program(model, config, mesh)
         kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
@@ -58,20 +59,19 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         sharding.param_shardings(mesh, model.network),
     )
     held = {"parameters": _bytes(params)}
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.sampling.batch_size))
     if mode == "eval":
         rows = config.eval.batch_size
         split = sharding.batch_sharding(mesh, rows, "config.eval.batch_size")
         batch = jax.ShapeDtypeStruct((rows, model.length), jnp.int32, sharding=split)
-        key = jax.ShapeDtypeStruct((), keys.dtype)
-        return Program(likelihood_program(model, config.eval.estimator, split).trace(params, batch, key), held, rows)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        traced = likelihood_program(model, config.eval.estimator, split).trace(params, batch, key)
+        return Program(traced, held, rows)
     rows = config.sampling.batch_size
     split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
     sampler = Sampler.from_config(model, config.sampling)
-    canvas = jax.ShapeDtypeStruct((rows, sampler.canvas_length), jnp.int32, sharding=split)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
-    return Program(jax.jit(sampler.__call__, out_shardings=everywhere).trace(params, keys, canvas), held, rows)
+    held["context of samples"] = _bytes(abstract_memory(sampler, params, rows, split))
+    traced = trace_step(sampler.program, params, rows, sampler.blocks_per_call, split)
+    return Program(traced, held, rows)
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:
