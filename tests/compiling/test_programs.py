@@ -35,12 +35,30 @@ def test_products_are_counted_through_scans_branches_and_gradients():
     assert programs.product_flops(batched) == 2 * 7 * 2 * 3 * 5
 
 
+def test_a_loop_of_unknown_length_is_counted_as_often_as_one_says():
+    loop = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x @ x)
+    jaxpr = jax.make_jaxpr(loop)(3, jnp.ones((4, 4)))
+    assert programs.product_flops(jaxpr, 10) == 11 * 2 * 4**3
+    assert programs.product_flops(jaxpr) == 2 * 2 * 4**3
+
+
 def tiny(string, **model):
     config = base.get_config(string)
     config.model.update(length=16, width=16, num_layers=2, num_heads=2, cond_dim=8, **model)
     config.training.batch_size = config.eval.batch_size = config.sampling.batch_size = 4
     config.sampling.update(max_length=16, min_entropy=0.0)
     return from_config_dict(config)
+
+
+# Backward: the gradients of hidden states, kernel and bias.
+@pytest.mark.parametrize(("mode", "products"), [("eval", 16), ("train", 3 * 16 + 1)])
+def test_the_output_layer_counts_at_every_position_however_it_is_chunked(mode, products):
+    flops = {}
+    for max_logits, vocab_size in ((1600, 100), (1600, 200), (2**20, 100)):
+        config = tiny("bd3lm,block_size=4", max_logits=max_logits)
+        flops[max_logits, vocab_size] = programs.trace(config, mode, jax.devices()[:1], "cpu", vocab_size).flops
+    assert flops[1600, 200] - flops[1600, 100] == 2 * 4 * 16 * products * 100
+    assert flops[1600, 100] == flops[2**20, 100]
 
 
 @pytest.mark.parametrize("string", ["bd3lm,block_size=4", "mdlm"])
