@@ -81,8 +81,16 @@ class LanguageModel:
         """Sum of the losses of all tokens given their draw (None for AR), and each of them, nats."""
         hidden = self.hidden(params, x0, draw, dropout_key)
         output = Output(*self.network.output(params))
-        chunks = Chunks(self.network.settled.max_logits, self.batch_shards)
-        return likelihood.token_losses(self.objective, hidden, output, x0, draw, self.ids.mask, chunks)
+        return likelihood.token_losses(self.objective, hidden, output, x0, draw, self.ids.mask, self._chunks)
+
+    @property
+    def _chunks(self) -> Chunks:
+        return Chunks(self.network.settled.max_logits, self.batch_shards)
+
+    def most_chunks(self, rows: int) -> int:
+        """In how many chunks `token_losses` computes the logits of so many rows, where every position counts."""
+        n = rows // self.batch_shards * self.length
+        return -(-n // self._chunks.size(n, self.ids.vocab_size))
 
     def training_loss(
         self,

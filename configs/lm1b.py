@@ -12,15 +12,16 @@ interval of its noise. Everything else trains for 1 M steps of 512 rows: 65 B to
 | string | test perplexity published | FLOPs per token | v5e chip-hours |
 | --- | --- | --- | --- |
 | ar | 22.83 | 0.66 G | 152 |
-| mdlm | 31.78 | 0.66 G | 153 |
-| sedd | 32.68 | 0.66 G | 153 |
-| bd3lm,block_size=128 | - | 0.66 G | 130 |
-| bd3lm,block_size=16 | 30.60 | 1.14 G | 39 |
-| bd3lm,block_size=8 | 29.83 | 1.14 G | 39 |
-| bd3lm,block_size=4 | 28.23 | 1.14 G | 39 |
+| mdlm | 31.78 | 0.59 G | 137 |
+| sedd | 32.68 | 0.59 G | 137 |
+| bd3lm,block_size=128 | - | 0.59 G | 117 |
+| bd3lm,block_size=16 | 30.60 | 1.07 G | 37 |
+| bd3lm,block_size=8 | 29.83 | 1.07 G | 37 |
+| bd3lm,block_size=4 | 28.23 | 1.07 G | 37 |
 
-FLOPs and hours are computed, not measured: the products that the loss depends on, at 40 % of the chips' peak; on
-v5e-16 divide the hours by 16. Published are diffusion models' upper bounds.
+FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
+tokens that is masked), at 40 % of the chips' peak; on v5e-16 divide the hours by 16. Published are diffusion models'
+upper bounds.
 
 Rows are as in the paper: BOS (which is [CLS], as EOS is) before and after 126 tokens, and after every sentence. Without
 injection: --config.data.insert_special=False --config.data.insert_eos=False and a --config.data.directory of its own.

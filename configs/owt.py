@@ -13,16 +13,17 @@ interval of its noise. Everything else trains for 1 M steps of 512 rows: 524 B t
 | string | test perplexity published | FLOPs per token | v5e chip-hours |
 | --- | --- | --- | --- |
 | ar | 17.54 | 0.80 G | 1475 |
-| mdlm | 22.98 | 0.85 G | 1579 |
-| sedd | 24.10 | 0.85 G | 1579 |
-| bd3lm,block_size=1024 | - | 0.85 G | 1342 |
-| bd3lm,block_size=16 | 22.27 | 1.33 G | 368 |
-| bd3lm,block_size=8 | 21.68 | 1.32 G | 367 |
-| bd3lm,block_size=4 | 20.73 | 1.32 G | 367 |
+| mdlm | 22.98 | 0.74 G | 1365 |
+| sedd | 24.10 | 0.74 G | 1365 |
+| bd3lm,block_size=1024 | - | 0.74 G | 1161 |
+| bd3lm,block_size=16 | 22.27 | 1.21 G | 335 |
+| bd3lm,block_size=8 | 21.68 | 1.21 G | 335 |
+| bd3lm,block_size=4 | 20.73 | 1.21 G | 335 |
 
-FLOPs and hours are computed, not measured: the products that the loss depends on, at 40 % of the chips' peak; on
-v5e-256 divide the hours by 256. Published are diffusion models' upper bounds. After the objective, `size=medium` takes
-the larger network, `size=tiny` a small one. Whether a machine holds it, without having the machine:
+FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
+tokens that is masked), at 40 % of the chips' peak; on v5e-256 divide the hours by 256. Published are diffusion models'
+upper bounds. After the objective, `size=medium` takes the larger network, `size=tiny` a small one. Whether a machine
+holds it, without having the machine:
 
 bd3 compile --config=configs/owt.py:bd3lm,block_size=4 --topology=v5e:16x16
 

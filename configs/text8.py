@@ -20,7 +20,8 @@ The recipe is that of the other corpora: AdamW 3e-4, 512 rows a step, 1 M steps;
 | bd3lm,block_size=8 | 1.01 G | 70 |
 | bd3lm,block_size=4 | 1.01 G | 70 |
 
-FLOPs and hours are computed, not measured: the products that the loss depends on, at 40 % of the chips' peak.
+FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
+tokens that is masked), at 40 % of the chips' peak.
 
 text8 is one text: no BOS and no EOS. With BOS and EOS around rows: --config.data.insert_special=True and a
 --config.data.directory of its own.

@@ -7,7 +7,8 @@ Without --set, the network is the yardstick's: d = 256, 8 layers, 8 heads, L = 2
 (package torch) a plain PyTorch module runs beside ours, in turns, and ratios are printed: see torch_baseline.py. Times
 are medians over rounds; ratios are medians of the ratios within a round, so that a slow minute counts against both.
 The machine should be idle: PyTorch's threads wait for each other, and lose far more to other processes than XLA's.
-FLOPs are those of the matrix products, twice the multiplications.
+FLOPs are those of the matrix products, twice the multiplications; the output layer's are for the tokens that are
+masked on average. All programs run on all devices.
 """
 
 import argparse
@@ -25,17 +26,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from bd3_jax import config as settings
 from bd3_jax.command_line import exit_status
 from bd3_jax.compiling.programs import product_flops
 from bd3_jax.config import Config
 from bd3_jax.configs import base
+from bd3_jax.diffusion.likelihood import masked_share
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.models.transformer import Params
+from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
-from bd3_jax.sharding import batch_shards, make_mesh
+from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, param_shardings
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
 
@@ -115,7 +120,9 @@ def ours(config: Config, mode: str, vocab_size: int) -> Program:
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - began
         state = jax.jit(init, out_shardings=jax.tree.map(lambda array: array.sharding, abstract))()
-        rows = jnp.asarray(rng.integers(0, vocab_size - 1, (config.training.batch_size, length)), jnp.int32)
+        batch = config.training.batch_size
+        split = batch_sharding(mesh, batch, "config.training.batch_size")
+        rows = jax.device_put(rng.integers(0, vocab_size - 1, (batch, length)).astype(np.int32), split)
 
         def run(steps: int) -> None:
             nonlocal state
@@ -125,17 +132,26 @@ def ours(config: Config, mode: str, vocab_size: int) -> Program:
 
         tokens = rows.size
     else:
-        params = jax.jit(model.network.init)(jax.random.key(0))
+        params = jax.jit(model.network.init, out_shardings=param_shardings(mesh, model.network))(jax.random.key(0))
         if mode == "eval":
-            rows = jnp.asarray(rng.integers(0, vocab_size - 1, (config.eval.batch_size, length)), jnp.int32)
+            batch = config.eval.batch_size
+            split = batch_sharding(mesh, batch, "config.eval.batch_size")
+            rows = jax.device_put(rng.integers(0, vocab_size - 1, (batch, length)).astype(np.int32), split)
             # The yardstick's noise: one time a block.
             args = (rows, jax.random.key(0))
-            traced, tokens = likelihood_program(model, "monte_carlo", None).trace(params, *args), rows.size
+            traced, tokens = likelihood_program(model, "monte_carlo", split).trace(params, *args), rows.size
         else:
+            batch = config.sampling.batch_size
+            split = batch_sharding(mesh, batch, "config.sampling.batch_size")
             sampler = Sampler.from_config(model, config.sampling)
-            canvas = jnp.asarray(sampler.canvas([[]] * config.sampling.batch_size))
-            args = (sequence_keys(0, np.arange(len(canvas))), canvas)
-            traced, tokens = jax.jit(sampler.__call__).trace(params, *args), canvas.size
+            canvas = jax.device_put(sampler.canvas([[]] * batch), split)
+            args = (jax.device_put(sequence_keys(0, np.arange(batch)), split), canvas)
+
+            def sample(params: Params, keys: Array, canvas: Array) -> Filled:
+                with by_rows(split):
+                    return sampler(params, keys, canvas)
+
+            traced, tokens = jax.jit(sample).trace(params, *args), canvas.size
         compiled = traced.lower().compile()
         seconds = time.perf_counter() - began
 
@@ -147,7 +163,10 @@ def ours(config: Config, mode: str, vocab_size: int) -> Program:
     stats = compiled.memory_analysis()
     memory = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     memory += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    flops = None if mode == "sample" else product_flops(traced.jaxpr)
+    # The output layer is for masked tokens, of which there are more or fewer by chance: as many as are expected.
+    share = 1.0 if model.is_exact else masked_share(config.noise)
+    together = batch // config.training.microbatches if mode == "train" else batch
+    flops = None if mode == "sample" else product_flops(traced.jaxpr, share * model.most_chunks(together))
     return Program(run, tokens, seconds, flops, memory)
 
 

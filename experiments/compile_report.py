@@ -58,7 +58,7 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
     own = dict(pair.split("=", 1) for pair in options.set)
     overrides: dict[str, Any] = {path: _literal(value) for path, value in own.items()}
     if options.baseline:
-        overrides |= {"model.attention": "dense", "model.max_logits": 2**40}
+        overrides |= {"model.attention": "dense", "model.max_logits": 2**31 - 1}
     machines = options.topologies or [topology for chip in options.chips for topology in MACHINES[chip]]
     found = []
     for topology, size, model in itertools.product(machines, options.sizes, options.models):

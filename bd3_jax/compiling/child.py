@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from bd3_jax import config as settings
 from bd3_jax.compiling import hlo, targets
-from bd3_jax.compiling.programs import largest_values, product_flops, trace
+from bd3_jax.compiling.programs import largest_values, trace
 from bd3_jax.compiling.report import Report, advice
 from bd3_jax.errors import UserError
 
@@ -66,7 +66,7 @@ def compile_program(
         memory=memory,
         needed=needed,
         available=chip.memory,
-        program_flops=product_flops(program.traced.jaxpr) / len(devices),
+        program_flops=program.flops / len(devices),
         compiler_flops=cost.get("flops"),
         compiler_bytes=cost.get("bytes accessed"),
         compiler_seconds=seconds if seconds is not None and seconds > 0 else None,

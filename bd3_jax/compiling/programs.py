@@ -15,7 +15,7 @@ from bd3_jax.data.corpora import get_corpus
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.platform import settle
+from bd3_jax.sampling.drawing import abstract_memory, trace_step
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
@@ -30,48 +30,60 @@ VOCABULARIES = {
 
 
 class Program(NamedTuple):
-    """A traced program, the bytes that one chip holds before it runs by kind, and the rows of its batch."""
+    """A program for a machine.
+
+    Attributes:
+      traced: it, to be lowered.
+      held: bytes that one chip holds before it runs, by kind.
+      rows: of its batch.
+      flops: of its matrix products over all devices, see `product_flops`. Of train and eval the most: with the output
+        layer at every position, though it is left out where nothing is masked. Of sample, where a block takes as many
+        network calls as it needs, those after the first count as one.
+    """
 
     traced: jax.stages.Traced
     held: dict[str, int]
     rows: int
+    flops: float
 
 
 def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: str, vocab_size: int) -> Program:
     """The program of `mode` (train, eval or sample) that a run with these settings compiles on these devices.
 
+    That of `sample` is one step of `sampling.drawing.Slots`, some blocks of `config.sampling.batch_size` sequences.
     `vocab_size` is V, or 0 for that of `config.data.tokenizer`.
 
     Raises:
       UserError: settings that do not fit the devices, or a tokenizer whose size is not known.
     """
-    config = dataclasses.replace(config, model=settle(config.model, platform))
     mesh = sharding.make_mesh(config.mesh, devices)
     model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
+    model = dataclasses.replace(model, network=dataclasses.replace(model.network, platform=platform))
     if mode == "train":
         _, _, state, traced = make_program(model, config, mesh)
         kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
-        return Program(traced, {name: _bytes(tree) for name, tree in kinds.items()}, config.training.batch_size)
+        rows = config.training.batch_size
+        flops = product_flops(traced.jaxpr, model.most_chunks(rows // config.training.microbatches))
+        return Program(traced, {name: _bytes(tree) for name, tree in kinds.items()}, rows, flops)
     params = jax.tree.map(
         lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own),
         model.network.abstract_params(),
         sharding.param_shardings(mesh, model.network),
     )
     held = {"parameters": _bytes(params)}
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.sampling.batch_size))
     if mode == "eval":
         rows = config.eval.batch_size
         split = sharding.batch_sharding(mesh, rows, "config.eval.batch_size")
         batch = jax.ShapeDtypeStruct((rows, model.length), jnp.int32, sharding=split)
-        key = jax.ShapeDtypeStruct((), keys.dtype)
-        return Program(likelihood_program(model, config.eval.estimator, split).trace(params, batch, key), held, rows)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        traced = likelihood_program(model, config.eval.estimator, split).trace(params, batch, key)
+        return Program(traced, held, rows, product_flops(traced.jaxpr, model.most_chunks(rows)))
     rows = config.sampling.batch_size
     split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
     sampler = Sampler.from_config(model, config.sampling)
-    canvas = jax.ShapeDtypeStruct((rows, sampler.canvas_length), jnp.int32, sharding=split)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
-    return Program(jax.jit(sampler.__call__, out_shardings=everywhere).trace(params, keys, canvas), held, rows)
+    held["context of samples"] = _bytes(abstract_memory(sampler, params, rows, split))
+    traced = trace_step(sampler.program, params, rows, sampler.blocks_per_call, split)
+    return Program(traced, held, rows, product_flops(traced.jaxpr))
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:
@@ -97,22 +109,24 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def product_flops(jaxpr: Any) -> int:
+def product_flops(jaxpr: Any, turns: float = 1) -> float:
     """Operations of the matrix products in a program over all devices, 2 for each multiplication and addition.
 
-    A scan counts as often as it turns, a loop of unknown length once, of several branches the dearest. A Pallas kernel
-    counts what it declares, or what its body does at every point of its grid.
+    A scan counts as often as it turns, a loop of unknown length `turns` times, of several branches the dearest. A
+    Pallas kernel counts what it declares, or what its body does at every point of its grid.
     """
-    total = 0
+    total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        inner = [product_flops(found) for value in params.values() for found in _jaxprs(value)]
+        inner = [product_flops(found, turns) for value in params.values() for found in _jaxprs(value)]
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
         elif name == "scan":
             total += params["length"] * sum(inner)
+        elif name == "while":
+            total += turns * sum(inner)
         elif name == "cond":
             total += max(inner)
         elif name == "shard_map":

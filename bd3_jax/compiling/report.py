@@ -10,6 +10,13 @@ from bd3_jax.config import Config
 
 GROUPS = {"train": "training", "eval": "eval", "sample": "sampling"}  # mode -> the settings that hold its batch size
 
+# What stands for a loop whose length depends on what is drawn.
+COUNTED = {
+    "train": "every token masked, the most",
+    "eval": "every token masked, the most",
+    "sample": "the calls of a block after its first counted as one",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -24,7 +31,8 @@ class Report:
       memory: bytes by kind; what the arguments hold is computed from the shapes, the rest is the compiler's.
       needed: bytes in all, None where the compiler gave up without saying.
       available: bytes of a chip.
-      program_flops: of matrix products, counted in the traced program with its loops, divided by the chips.
+      program_flops: of matrix products, counted in the traced program with its loops, divided by the chips; see
+        `programs.Program`.
       compiler_flops: as the compiler counts; bodies of loops once. None where it counts none.
       compiler_bytes: moved to and from HBM; see `compiler_flops`.
       compiler_seconds: the compiler's own estimate, where it has one.
@@ -84,7 +92,7 @@ class Report:
         lines = [f"{self.mode} on {self.topology}: {verdict}, {needed} of {amount(self.available)} a chip"]
         lines += [f"  {name:<22}{amount(size):>10}" for name, size in self.memory.items()]
         lines.append(f"rows: {self.rows:,}, {self.rows / self.chips:g} a chip")
-        lines.append(f"matrix products: {self.program_flops / 1e12:.3f} TFLOP a chip")
+        lines.append(f"matrix products: {self.program_flops / 1e12:.3f} TFLOP a chip, {COUNTED[self.mode]}")
         if self.compiler_flops is not None:
             lines.append(f"the compiler counts {self.compiler_flops / 1e12:.3f} TFLOP, bodies of loops once")
         if self.compiler_bytes is not None:

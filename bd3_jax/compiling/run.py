@@ -61,19 +61,21 @@ def search(
 ) -> Iterator[tuple[str, int, Report]]:
     """(policy, rows a chip, its report) for each rematerialisation policy: the largest power of two that fits.
 
-    0 rows and the report of one row where not even that fits. Compilations begin at the settings' own batch and go up
-    or down from there.
+    In training it is a power of two for each microbatch; without gradients no policy but the settings' own is tried,
+    since it changes nothing. 0 rows and the report of the fewest where not even they fit. Compilations begin at the
+    settings' own batch and go up or down from there.
     """
     shards = targets.parse(topology).size // config.mesh.tensor
+    fewest = config.training.microbatches if mode == "train" else 1
     own = config.to_dict()[GROUPS[mode]]["batch_size"]
-    begin = 1 << max(0, (own // shards).bit_length() - 1)
-    for policy in policies():
+    begin = fewest << max(0, (own // (shards * fewest)).bit_length() - 1)
+    for policy in policies() if mode == "train" else (config.model.remat,):
         rows, best = begin, None
         found = compile_one(_with(config, mode, policy, rows * shards), topology, mode, vocab_size)
         while found.fits:
             best, rows = (rows, found), 2 * rows
             found = compile_one(_with(config, mode, policy, rows * shards), topology, mode, vocab_size)
-        while best is None and rows > 1:
+        while best is None and rows > fewest:
             rows //= 2
             found = compile_one(_with(config, mode, policy, rows * shards), topology, mode, vocab_size)
             best = (rows, found) if found.fits else None
@@ -100,7 +102,7 @@ def main(config: Config, topology: str, mode: str, vocab_size: int, searching: b
     if searching:
         fits = False
         for policy, rows, report in search(config, topology, mode, vocab_size):
-            verdict = f"{rows} rows a chip" if rows else "not even one row a chip"
+            verdict = f"{rows} rows a chip" if rows else f"not even {report.rows} rows in all"
             print(f"=== config.model.remat={policy}: {verdict}\n{report.table(chip)}\n", flush=True)
             records.append({"remat": policy, "rows_per_chip": rows, **report.record()})
             fits = fits or rows > 0

@@ -53,6 +53,12 @@ def draw_training(
     return _draw(x0, mask, weight, schedule.total_noise(t), block_size, mask_id, noise.ignore_bos)
 
 
+def masked_share(noise: NoiseConfig) -> float:
+    """Expected share of masked tokens in `draw_training` with the interval of the settings."""
+    t = jnp.linspace(noise.low, noise.high, 1001)
+    return float(get_schedule(noise.schedule).move_chance((t[1:] + t[:-1]) / 2).mean())
+
+
 def draw_monte_carlo(
     key: PRNGKeyArray, x0: Int[Array, "b L"], block_size: int, noise: NoiseConfig, mask_id: int
 ) -> Draw:

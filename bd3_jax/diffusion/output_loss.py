@@ -34,6 +34,10 @@ class Chunks(NamedTuple):
     max_logits: int
     shards: int
 
+    def size(self, n: int, vocab_size: int) -> int:
+        """Positions of a chunk, where a device has n."""
+        return min(max(1, self.max_logits // vocab_size), n)
+
 
 def summed(
     loss: Loss,
@@ -90,7 +94,7 @@ def _compute(
     """Losses `[b, L]`, and the gradients of their sum; without those, empty arrays in their place."""
     (batch, length, width), vocab_size, shards = hidden.shape, output.bias.shape[0], chunks.shards
     n = batch // shards * length
-    size = min(max(1, chunks.max_logits // vocab_size), n)
+    size = chunks.size(n, vocab_size)
     kernel = output.kernel.astype(hidden.dtype)
 
     # Counted positions first, and after the last one any that fill up a chunk.

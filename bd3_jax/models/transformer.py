@@ -163,11 +163,12 @@ class Network:
     vocab_size: int
     adaln: bool
     time_conditioned: bool
+    platform: str = ""  # that it is compiled for, where it is not this process' own
 
     @functools.cached_property
     def settled(self) -> ModelConfig:
-        """The settings as they are on this platform."""
-        return settle(self.model, jax.default_backend())
+        """The settings as they are on its platform."""
+        return settle(self.model, self.platform or jax.default_backend())
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from bd3_jax.errors import UserError
 from bd3_jax.models.kv_cache import BATCH, KVCache
 from bd3_jax.models.transformer import Params
-from bd3_jax.sampling.block import Filled
+from bd3_jax.sampling.block import Filled, Layout
 from bd3_jax.sampling.contexts import Memory
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sampling.stopping import DRAWS, WINDOW, Stop, StopRule
@@ -93,11 +93,8 @@ class Slots:
         shardings = _memory_sharding(self._fresh, batch, sharding)
         self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
         self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(self._fresh, batch)
-        if sharding is not None:
-            shardings = shardings, NamedSharding(sharding.mesh, PartitionSpec())
-        arguments = jax.tree.map(_abstract, (params, self._memory, *self._inputs()))
-        leaves, structure = jax.tree.flatten(arguments)
-        self._advance = _compile(sampler.program, shardings, structure, tuple(leaves))
+        leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, params))
+        self._advance = _compile(sampler.program, batch, self._blocks, sharding, structure, tuple(leaves))
 
     @property
     def free(self) -> list[int]:
@@ -188,13 +185,13 @@ class Slots:
         return min(end, self._sampler.config.max_length)
 
     def _inputs(self) -> tuple[Any, ...]:
-        """Arguments of `_draw_blocks` after the memory: seed, and for each slot index, draw, first block and tokens.
+        """Arguments of the program after the memory: seed, and for each slot index, draw, first block and tokens.
 
         Slots without a sample, and blocks beyond the last, hold EOS: where everything is given nothing is drawn.
         """
         batch, layout = len(self.drawing), self._layout
         indices, attempts, first = np.zeros((3, batch), np.int32)
-        width = layout.size + (self._blocks - 1) * layout.stride
+        width = _width(layout, self._blocks)
         given = np.full((batch, width), self._sampler.model.ids.eos, np.int32)
         for slot, drawn in enumerate(self.drawing):
             if drawn is not None:
@@ -238,29 +235,75 @@ def draw(
             following += 1
 
 
-def _draw_blocks(
-    sampler: Sampler,
-    params: Params,
-    memory: Memory,
-    seed: Array,
-    indices: Int[Array, "b"],
-    attempts: Int[Array, "b"],
-    first: Int[Array, "b"],
-    given: Int[Array, "b n"],
-) -> tuple[Memory, Filled]:
-    return sampler.advance(params, sequence_keys(seed, indices, attempts), memory, first, given)
+def trace_step(
+    sampler: Sampler, params: Params, batch: int, blocks: int, sharding: NamedSharding | None = None
+) -> jax.stages.Traced:
+    """The program of one step of `Slots`: (parameters, memory, and its other inputs) -> (memory, `Filled`).
+
+    Nothing is allocated: `params` may be shapes with their shardings, and the devices need not be there.
+
+    Args:
+      sampler: what draws.
+      params: of its model.
+      batch: sequences.
+      blocks: that are drawn of each.
+      sharding: of a batch of rows, where `params` are spread over a mesh.
+    """
+    memory = abstract_memory(sampler, params, batch, sharding)
+    shardings: Any = None
+    if sharding is not None:
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, memory), everywhere
+    number = jax.ShapeDtypeStruct((batch,), np.int32, sharding=sharding)
+    given = jax.ShapeDtypeStruct((batch, _width(sampler.layout, blocks)), np.int32, sharding=sharding)
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+
+    def draw_blocks(
+        params: Params,
+        memory: Memory,
+        seed: Array,
+        indices: Int[Array, "b"],
+        attempts: Int[Array, "b"],
+        first: Int[Array, "b"],
+        given: Int[Array, "b n"],
+    ) -> tuple[Memory, Filled]:
+        with by_rows(sharding):
+            return sampler.advance(params, sequence_keys(seed, indices, attempts), memory, first, given)
+
+    program = jax.jit(draw_blocks, donate_argnums=1, out_shardings=shardings)
+    return program.trace(params, memory, seed, number, number, number, given)
+
+
+def abstract_memory(sampler: Sampler, params: Params, batch: int, sharding: NamedSharding | None = None) -> Memory:
+    """Shapes of what is kept of `batch` sequences, with shardings where a mesh splits them; see `trace_step`."""
+    row = np.zeros(sampler.canvas_length, np.int32)
+    fresh = jax.eval_shape(lambda params: sampler.start(params, row, 0), params)
+    memory = jax.tree.map(_abstract, jax.eval_shape(lambda fresh: fresh.tile(batch), fresh))
+    if sharding is None:
+        return memory
+    return jax.tree.map(
+        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
+        memory,
+        _memory_sharding(fresh, batch, sharding),
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(sampler: Sampler, shardings: Any, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    """`_draw_blocks`, compiled ahead of time: so no sample's seconds hold the compilation."""
-    arguments = jax.tree.unflatten(structure, leaves)
+def _compile(
+    sampler: Sampler,
+    batch: int,
+    blocks: int,
+    sharding: NamedSharding | None,
+    structure: Any,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+) -> Any:
+    """`trace_step`, compiled ahead of time: so no sample's seconds hold the compilation."""
+    return trace_step(sampler, jax.tree.unflatten(structure, leaves), batch, blocks, sharding).lower().compile()
 
-    def draw_blocks(*arguments: Any) -> tuple[Memory, Filled]:
-        with by_rows(None if shardings is None else shardings[1]):
-            return _draw_blocks(sampler, *arguments)
 
-    return jax.jit(draw_blocks, donate_argnums=1, out_shardings=shardings).lower(*arguments).compile()
+def _width(layout: Layout, blocks: int) -> int:
+    """Tokens of so many blocks, one after the other."""
+    return layout.size + (blocks - 1) * layout.stride
 
 
 def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) -> Any:
@@ -268,7 +311,7 @@ def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) 
     if sharding is None:
         return None
     mesh, cache = sharding.mesh, fresh.cache
-    assert isinstance(mesh, Mesh)  # of real devices
+    assert isinstance(mesh, Mesh)  # of devices, there or not
     if cache is not None:
         logical = ("layers", "batch", "heads", None, None)
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from bd3_jax.diffusion.likelihood import masked_share
 from bd3_jax.language_model import LanguageModel
 
 # Device kind as JAX names it -> dense bfloat16 FLOP/s, from the makers' data sheets. The first that fits is taken.
@@ -31,7 +32,9 @@ def flops_per_token(lm: LanguageModel) -> float:
 
     Counted are the matrix products that the loss depends on, 2 operations a multiply-add and three times the forward
     pass in all: not what is computed again to save memory, nor scores that a mask throws away, nor what is small beside
-    them (adaLN, whose products are for rows and not for tokens; norms; softmax).
+    them (adaLN, whose products are for rows and not for tokens; norms; softmax). The loss depends on the output layer
+    at masked tokens only: half of them for t ~ U[0, 1], and the share that belongs to the settings' interval in
+    general; an interval that is searched for has another. For AR it is all tokens.
     """
     model, block, length = lm.network.model, lm.block_size, lm.length
     width, layers = model.width, model.num_layers
@@ -42,7 +45,8 @@ def flops_per_token(lm: LanguageModel) -> float:
         # The noised stream sees its own block and the clean ones before it: as many. The clean stream ends with the
         # last layer's keys and values.
         stream += stream - (rest + 2 * width * seen)
-    return 3 * 2 * (stream + width * lm.network.vocab_size)
+    share = 1.0 if lm.objective == "ar" else masked_share(lm.noise)
+    return 3 * 2 * (stream + share * width * lm.network.vocab_size)
 
 
 class Clock:

@@ -1,7 +1,14 @@
 """Programs traced from settings alone, and the operations counted in them."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bd3_jax.compiling import programs, targets
@@ -9,6 +16,8 @@ from bd3_jax.config import from_config_dict
 from bd3_jax.configs import base, owt
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.sampling.drawing import Slots
+from bd3_jax.sampling.sampler import Sampler
 
 
 def test_products_are_counted_through_scans_branches_and_gradients():
@@ -24,6 +33,58 @@ def test_products_are_counted_through_scans_branches_and_gradients():
     assert programs.product_flops(gradient) == 3 * one
     batched = jax.make_jaxpr(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))(jnp.ones((7, 2, 3)), jnp.ones((7, 3, 5)))
     assert programs.product_flops(batched) == 2 * 7 * 2 * 3 * 5
+
+
+def test_a_loop_of_unknown_length_is_counted_as_often_as_one_says():
+    loop = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x @ x)
+    jaxpr = jax.make_jaxpr(loop)(3, jnp.ones((4, 4)))
+    assert programs.product_flops(jaxpr, 10) == 11 * 2 * 4**3
+    assert programs.product_flops(jaxpr) == 2 * 2 * 4**3
+
+
+def tiny(string, **model):
+    config = base.get_config(string)
+    config.model.update(length=16, width=16, num_layers=2, num_heads=2, cond_dim=8, **model)
+    config.training.batch_size = config.eval.batch_size = config.sampling.batch_size = 4
+    config.sampling.update(max_length=16, min_entropy=0.0)
+    return from_config_dict(config)
+
+
+# Backward: the gradients of hidden states, kernel and bias.
+@pytest.mark.parametrize(("mode", "products"), [("eval", 16), ("train", 3 * 16 + 1)])
+def test_the_output_layer_counts_at_every_position_however_it_is_chunked(mode, products):
+    flops = {}
+    for max_logits, vocab_size in ((1600, 100), (1600, 200), (2**20, 100)):
+        config = tiny("bd3lm,block_size=4", max_logits=max_logits)
+        flops[max_logits, vocab_size] = programs.trace(config, mode, jax.devices()[:1], "cpu", vocab_size).flops
+    assert flops[1600, 200] - flops[1600, 100] == 2 * 4 * 16 * products * 100
+    assert flops[1600, 100] == flops[2**20, 100]
+
+
+@pytest.mark.parametrize("string", ["bd3lm,block_size=4", "mdlm"])
+def test_what_is_compiled_is_what_samples(string, toy_lm, random_params):
+    """The arguments of a run fit the program that is traced without any, with the same results and memory."""
+    config = tiny(string)
+    program = programs.trace(config, "sample", jax.devices()[:1], "cpu", 11)
+    lm = toy_lm(config.objective, config.block_size, length=16)
+    sampler, params = Sampler.from_config(lm, config.sampling), random_params(lm)
+    ours, theirs = (Slots(sampler, params, sampler.canvas([[3]])[0], 4) for _ in range(2))
+    for slots in (ours, theirs):
+        slots.begin({slot: slots.new(slot) for slot in range(4)})
+    assert program.held["context of samples"] == sum(leaf.nbytes for leaf in jax.tree.leaves(ours._memory))
+    _, filled = program.traced.lower().compile()(params, ours._memory, *ours._inputs())
+    np.testing.assert_array_equal(filled.tokens, [drawn.row for drawn in theirs.step()])
+
+
+def test_every_program_lowers_for_a_tpu():
+    """Where a whole row of 128 is read attention is a kernel; a cache is read without one."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    script = Path(__file__).parent / "lower_for_tpu.py"
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, kernels in found.items() if not kernels} == {"ar sample", "bd3lm sample"}
+    assert len(found) == 13
 
 
 def test_the_largest_values_are_products_and_what_scans_keep():

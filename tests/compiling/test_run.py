@@ -120,6 +120,16 @@ def test_search_finds_the_largest_power_of_two_for_every_policy(begin):
 
     found = {policy: (rows, best.rows) for policy, rows, best in run.search(config, "v5e:2x2", "train", 0, compile_one)}
     assert found == {policy: (rows, 4 * rows) for policy, rows in room.items()}
+    parts = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=12, microbatches=3))
+    found = {policy: rows for policy, rows, _ in run.search(parts, "v5e:2x2", "train", 0, compile_one)}
+    assert found == {"none": 3, "block": 6, "full": 12}
     room["none"] = 0
     policy, rows, tried = next(run.search(config, "v5e:2x2", "train", 0, compile_one))
     assert (policy, rows, tried.rows, tried.fits) == ("none", 0, 4, False)
+
+
+def test_a_search_without_gradients_tries_one_policy():
+    config = from_config_dict(owt.get_config("mdlm"))
+    compile_one = lambda config, *_: report(fits=config.eval.batch_size <= 32)
+    found = [(policy, rows) for policy, rows, _ in run.search(config, "v5e:2x2", "eval", 0, compile_one)]
+    assert found == [(config.model.remat, 8)]

@@ -201,3 +201,15 @@ def test_all_masked():
     draw = likelihood.draw_all_masked(jnp.asarray(X0), 1, noise(), MASK)
     np.testing.assert_array_equal(draw.xt, np.where(np.arange(L) == 0, X0, MASK))
     np.testing.assert_array_equal(draw.weight, np.ones((3, L)))
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "share"),
+    [
+        ("loglinear", 0.3, 0.8, 0.55), ("loglinear", 1.0, 1.0, 1.0), ("square", 0.0, 1.0, 1 / 3),
+        ("square_root", 0.0, 1.0, 2 / 3), ("log", 0.0, 1.0, 2 - 1 / math.log(2)), ("cosine", 0.0, 1.0, 1 - 2 / math.pi),
+    ],
+)  # fmt: skip
+def test_the_masked_share_is_the_mean_chance(name, low, high, share):
+    noise = NoiseConfig(name, low, high, resample=False, ignore_bos=False)
+    assert likelihood.masked_share(noise) == pytest.approx(share, abs=2e-3)

@@ -1,6 +1,10 @@
 """The benchmark and the report on absent chips, on models that take seconds."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,13 +19,29 @@ def test_a_setting_that_is_not_there(script):
     assert script("benchmark").configure("bd3lm", ["model.width=64", "model.dropout=0"]).model.width == 64
 
 
+def test_the_yardstick_is_a_setting_that_is_allowed(script, tmp_path, monkeypatch):
+    report, asked = script("compile_report"), []
+    monkeypatch.setattr(report, "describe", lambda cell: cell | {"failure": "not tried", "config": asked.append(cell)})
+    report.main(
+        ["--baseline", "--topologies=cpu:2", "--sizes=tiny", "--models=ar", f"--json={tmp_path / 'cells.json'}"]
+    )
+    (cell,) = asked
+    config = report.configure(cell["model"], cell["size"], 4, cell["topology"], cell["overrides"])
+    assert (config.model.attention, config.model.scan_unroll) == ("dense", 8)
+    assert config.model.max_logits > 4 * 1024 * 50258
+
+
 @pytest.mark.slow
-def test_benchmark(script, tmp_path, capsys):
+def test_benchmark_on_two_devices(tmp_path):
     """Figures that follow from each other agree; every mode has a row."""
-    file = tmp_path / "benchmark.json"
+    file, path = tmp_path / "benchmark.json", Path(__file__).parents[2] / "experiments" / "benchmark.py"
     flags = [f"--set={name}={value}" for name, value in (TINY | {"sampling.max_length": 16}).items()]
-    script("benchmark").main(["--objectives=bd3lm", "--vocab_sizes=11", "--rounds=1", f"--json={file}", *flags])
+    command = [sys.executable, str(path), "--objectives=bd3lm", "--vocab_sizes=11", "--rounds=1", f"--json={file}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text())
+    assert record["devices"] == 2
     assert [result["mode"] for result in record["results"]] == ["train", "eval", "sample"]
     for result in record["results"]:
         assert result["tokens_per_second"] * result["step_seconds"] == pytest.approx(8 * 16)
@@ -29,7 +49,7 @@ def test_benchmark(script, tmp_path, capsys):
     train, evaluation, _ = record["results"]
     assert train["flops"] > 2 * evaluation["flops"]  # the backward pass is two more products for each
     assert train["peak_fraction"] == pytest.approx(train["flops"] / train["step_seconds"] / record["matmul_peak"])
-    assert capsys.readouterr().out.count("| bd3lm |") == 3
+    assert done.stdout.count("| bd3lm |") == 3
 
 
 @pytest.mark.slow
