@@ -291,7 +291,8 @@ def _newest_readable(folder: epath.Path, newest_first: Sequence[int], read: Call
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "score")}
     return ocp.CheckpointManager(workdir.resolve() / FOLDER, item_handlers=handlers)
 
 

@@ -44,8 +44,8 @@ class Watch:
     COLOURS = (203, 215, 229, 157, 84)
     """Of the usual 256, for confidences from 0 to 1."""
 
-    def __init__(self, tokenizer: Tokenizer, out: TextIO = sys.stdout, seconds_per_call: float = 0.03):
-        self._tokenizer, self._out, self._pause = tokenizer, out, seconds_per_call
+    def __init__(self, tokenizer: Tokenizer, out: TextIO | None = None, seconds_per_call: float = 0.03):
+        self._tokenizer, self._out, self._pause = tokenizer, out or sys.stdout, seconds_per_call
         self._current: tuple[int, int] | None = None
         self._shown = 1  # the BOS is not
 

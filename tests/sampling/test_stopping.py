@@ -31,7 +31,7 @@ def with_eos(*positions):
         (np.where(np.arange(400) < 144, VARIED, 7), True, Stop("entropy", 144)),
         (np.where(np.arange(400) < 144, VARIED, 7), False, Stop("entropy", 144)),
         (np.where(np.arange(400) < 144, VARIED, EOS), True, Stop("entropy", 144)),  # both hold
-        (np.where(np.arange(400) < 300, VARIED, 7), True, None),
+        (np.where(np.arange(400) < 350, VARIED, 7), True, None),
     ],
 )
 def test_stops(tokens, variable, expected):

@@ -36,7 +36,7 @@ def pretrained_run(tiny_config, tmp_path_factory) -> Path:
 def test_the_recipe_of_the_paper(pretrained_run, tiny_config, tmp_path):
     """Pre-training at B = L, then B = 4: better than B = 4 from scratch after the same steps, at every validation."""
     settings = {"training.num_steps": 20, "training.eval_every": 10, "training.checkpoint_every": 20}
-    settings["optimizer.learning_rate"] = 1e-2
+    settings["optimizer.learning_rate"] = 3e-3
     losses = {}
     for name, init_from in (("scratch", ""), ("tuned", str(pretrained_run))):
         train(tiny_config("bd3lm,block_size=4", init_from=init_from, **settings), epath.Path(tmp_path / name))
