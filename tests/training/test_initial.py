@@ -42,7 +42,7 @@ def test_the_recipe_of_the_paper(pretrained_run, tiny_config, tmp_path):
         train(tiny_config("bd3lm,block_size=4", init_from=init_from, **settings), epath.Path(tmp_path / name))
         losses[name] = validation_losses(tmp_path / name)
     assert losses["tuned"].keys() == losses["scratch"].keys() == {0, 10, 20}
-    assert all(losses["tuned"][step] < losses["scratch"][step] - 0.1 for step in losses["tuned"])
+    assert all(losses["tuned"][step] < losses["scratch"][step] - 0.05 for step in losses["tuned"])
 
 
 @pytest.mark.parametrize("published", [pytest.param(False, marks=pytest.mark.slow), True])
