@@ -10,11 +10,11 @@ PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 # Tests run on the CPU, whatever the machine has, and speak to nobody.
-test test-all: export JAX_PLATFORMS := cpu
-test test-all: export HF_HUB_OFFLINE := 1
+test test-slow test-all: export JAX_PLATFORMS := cpu
+test test-slow test-all: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check test test-all format lock clean
+.PHONY: help .venv quickstart check test test-slow test-all format lock clean
 
 help: ## list the targets
 	@grep -E '^[.a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,9 +41,11 @@ check: .venv ## formatting, lint, types, import directions
 test: check ## check, then the test suite without the slow tests
 	$(PYTEST) -m "not slow" -n $(WORKERS) $(ARGS)
 
-test-all: test .venv-beam/installed .venv-tpu/installed .venv-torch/installed ## test, then the slow tests
+test-slow: test .venv-beam/installed ## test, then the slow tests
 	$(PYTEST) -m slow $(ARGS)
 	.venv-beam/bin/python -m pytest -m slow tests/data/test_beam.py
+
+test-all: test-slow .venv-tpu/installed .venv-torch/installed ## test-slow, then what needs the compiler for TPUs, or PyTorch
 	.venv-tpu/bin/python -m pytest -m slow tests/compiling
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 

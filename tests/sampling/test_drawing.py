@@ -221,5 +221,5 @@ def test_100_000_tokens_from_a_context_of_128(toy_lm, random_params, objective, 
     assert process() - before[1] < 64  # MiB
     assert len(drawn.tokens) == 100_000
     assert drawn.nfe >= 99_999
-    # The end is as varied as the beginning.
-    assert len(set(drawn.tokens[-2000:])) == len(set(drawn.tokens[:2000]))
+    # The end is as varied as the beginning, but for the BOS.
+    assert set(drawn.tokens[-2000:]) == set(drawn.tokens[1:2000])
