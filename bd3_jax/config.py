@@ -88,6 +88,7 @@ class TrainingConfig:
     num_steps: int
     batch_size: int
     microbatches: int
+    noise_copies: int
     max_skipped: int
     log_every: int
     eval_every: int
@@ -337,7 +338,7 @@ def _check(c: Config) -> None:
 def _check_training(c: Config, require: Callable[..., None], at_least: Callable[[int, str], None]) -> None:
     t, s = c.training, c.search
     for name in (
-        "num_steps", "batch_size", "microbatches", "max_skipped",
+        "num_steps", "batch_size", "microbatches", "noise_copies", "max_skipped",
         "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
     ):  # fmt: skip
         at_least(1, f"training.{name}")
@@ -345,6 +346,10 @@ def _check_training(c: Config, require: Callable[..., None], at_least: Callable[
         at_least(0, f"training.{name}")
     divides = t.batch_size % t.microbatches == 0
     require(divides, "training.microbatches", t.microbatches, f"a divisor of training.batch_size = {t.batch_size}")
+    # Elsewhere there is no clean half, and rows of their own are worth more than copies.
+    shares = t.noise_copies == 1 or (c.objective == "bd3lm" and c.block_size < c.model.length)
+    allowed = f"1 for objective {c.objective}" if c.objective != "bd3lm" else "1 where a block is the whole row"
+    require(shares, "training.noise_copies", t.noise_copies, allowed)
     require(0 <= t.sigterm_status < 256, "training.sigterm_status", t.sigterm_status, "0 to 255")
     require(c.profile_steps >= 0, "profile_steps", c.profile_steps, "0 or more")
 

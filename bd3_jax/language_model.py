@@ -18,7 +18,7 @@ class LanguageModel:
     """Static and hashable; the parameters are passed beside it.
 
     `batch_shards`: into how many parts devices split a batch. It bounds what each holds at a time, and no number
-    depends on it.
+    depends on it. `noise_copies`: in training, so many noised copies of a row share its clean half.
     """
 
     objective: str
@@ -27,6 +27,7 @@ class LanguageModel:
     network: Network
     ids: SpecialIds
     batch_shards: int = 1
+    noise_copies: int = 1
 
     @classmethod
     def from_config(cls, config: Config, ids: SpecialIds, batch_shards: int = 1) -> "LanguageModel":
@@ -36,7 +37,8 @@ class LanguageModel:
             adaln=config.objective != "ar",
             time_conditioned=config.objective == "sedd",
         )
-        return cls(config.objective, config.block_size, config.noise, network, ids, batch_shards)
+        copies = config.training.noise_copies
+        return cls(config.objective, config.block_size, config.noise, network, ids, batch_shards, copies)
 
     @property
     def length(self) -> int:
@@ -54,8 +56,10 @@ class LanguageModel:
         x0: Int[Array, "b L"],
         draw: likelihood.Draw | None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "b L d"]:
+    ) -> Float[Array, "n L d"]:
         """The network's pass for likelihoods: over x0 for AR, xt for MDLM and SEDD, [xt ; x0] for BD3-LM.
+
+        The draw has b rows, or K b: K that follow each other for every row of x0.
 
         Where one block is the whole row the noised tokens see no clean one, so the clean stream is left out.
 
@@ -77,9 +81,10 @@ class LanguageModel:
         x0: Int[Array, "b L"],
         draw: likelihood.Draw | None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, ""], Float[Array, "b L"]]:
-        """Sum of the losses of all tokens given their draw (None for AR), and each of them, nats."""
+    ) -> tuple[Float[Array, ""], Float[Array, "n L"]]:
+        """Sum of the losses of all tokens given their draw (None for AR), and each of them, nats; see `hidden`."""
         hidden = self.hidden(params, x0, draw, dropout_key)
+        x0 = jnp.repeat(x0, hidden.shape[0] // x0.shape[0], axis=0)
         output = Output(*self.network.output(params))
         return likelihood.token_losses(self.objective, hidden, output, x0, draw, self.ids.mask, self._chunks)
 
@@ -99,15 +104,16 @@ class LanguageModel:
         key: PRNGKeyArray,
         low: Float[Array, ""] | float,
         high: Float[Array, ""] | float,
-    ) -> tuple[Float[Array, ""], Float[Array, "b L"]]:
-        """Mean loss in nats per token with dropout, t ~ U[low, high], and the loss of every token.
+    ) -> tuple[Float[Array, ""], Float[Array, "n L"]]:
+        """Mean loss in nats per token with dropout, t ~ U[low, high], and the loss of every token of every copy.
 
         With `ignore_bos` position 0 has loss 0 and is counted all the same; AR counts its L - 1 targets.
         """
         key_draw, key_dropout = jax.random.split(key)
         draw = None
         if self.objective != "ar":
-            draw = likelihood.draw_training(key_draw, x0, self.block_size, self.noise, low, high, self.ids.mask)
+            copies = jnp.repeat(x0, self.noise_copies, axis=0)
+            draw = likelihood.draw_training(key_draw, copies, self.block_size, self.noise, low, high, self.ids.mask)
         total, losses = self.token_losses(params, x0, draw, key_dropout)
         count = losses.size - (losses.shape[0] if self.objective == "ar" else 0)
         return total / count, losses

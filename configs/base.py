@@ -73,6 +73,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 num_steps=1_000_000,
                 batch_size=512,  # sequences per update, over all devices
                 microbatches=1,  # parts of a batch, one after the other: the gradients of an update are their mean
+                noise_copies=1,  # K: noised copies of every row, which share its clean half (bd3lm)
                 max_skipped=10,  # updates in a row with a loss or gradient that is not finite, before training stops
                 log_every=100,  # steps between records of the training loss
                 eval_every=5000,  # steps between validations

@@ -165,7 +165,7 @@ def ours(config: Config, mode: str, vocab_size: int) -> Program:
     memory += stats.output_size_in_bytes - stats.alias_size_in_bytes
     # The output layer is for masked tokens, of which there are more or fewer by chance: as many as are expected.
     share = 1.0 if model.is_exact else masked_share(config.noise)
-    together = batch // config.training.microbatches if mode == "train" else batch
+    together = batch * model.noise_copies // config.training.microbatches if mode == "train" else batch
     flops = None if mode == "sample" else product_flops(traced.jaxpr, share * model.most_chunks(together))
     return Program(run, tokens, seconds, flops, memory)
 

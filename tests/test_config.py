@@ -103,6 +103,8 @@ IMPOSSIBLE = [
     (dict(training__batch_size=0), "config.training.batch_size is 0; allowed: 1 or more"),
     (dict(training__log_every=0), "config.training.log_every"),
     (dict(training__microbatches=3), "config.training.microbatches is 3; allowed: a divisor of training.batch_size"),
+    (dict(training__noise_copies=0), "config.training.noise_copies is 0; allowed: 1 or more"),
+    (dict(training__noise_copies=2, block_size=1024), "noise_copies is 2; allowed: 1 where a block is the whole row"),
     (dict(training__max_skipped=0), "config.training.max_skipped is 0; allowed: 1 or more"),
     (dict(training__keep_best=-1), "config.training.keep_best is -1; allowed: 0 or more"),
     (dict(training__sigterm_status=300), "config.training.sigterm_status is 300; allowed: 0 to 255"),

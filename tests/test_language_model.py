@@ -161,6 +161,29 @@ def test_training_loss(toy_lm, random_params, objective, block_size):
     assert other != loss
 
 
+def test_noised_copies_are_rows_that_share_their_clean_half(toy_lm, random_params):
+    """The loss and gradient of a batch in which every row is there three times, for the same draw."""
+    lm = toy_lm("bd3lm", 4, dropout=0.0)
+    params, x0 = random_params(lm), jnp.asarray(rows(lm))
+    draw = likelihood.draw_training(jax.random.key(0), jnp.repeat(x0, 3, axis=0), 4, lm.noise, 1e-3, 1.0, lm.ids.mask)
+
+    @jax.jit
+    def run(params, x0):
+        return jax.value_and_grad(lambda p: lm.token_losses(p, x0, draw), has_aux=True)(params)
+
+    (_, shared), gradient = run(params, x0)
+    (_, expected), expected_gradient = run(params, jnp.repeat(x0, 3, axis=0))
+    np.testing.assert_allclose(shared, expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+    # In training: times are stratified over all copies, and the loss is the mean over all of them.
+    copied = dataclasses.replace(lm, noise_copies=3)
+    loss, per_token = jax.jit(copied.training_loss)(params, x0, jax.random.key(0), 1e-3, 1.0)
+    assert per_token.shape == (9, 12)
+    assert loss == pytest.approx(np.asarray(per_token).mean(), rel=1e-5)
+    assert len({tuple(row) for row in np.asarray(per_token)[:3]}) == 3  # each copy has its own noise
+
+
 def test_interval_reaches_the_noise(toy_lm, random_params):
     """A traced interval, as training passes it: above 0.5 weights are 1, so a loss is a plain -log p."""
     lm = toy_lm("bd3lm", block_size=4, resample=True, dropout=0.0, ignore_bos=False)

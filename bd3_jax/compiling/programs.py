@@ -63,7 +63,8 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         _, _, state, traced = make_program(model, config, mesh)
         kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
         rows = config.training.batch_size
-        flops = product_flops(traced.jaxpr, model.most_chunks(rows // config.training.microbatches))
+        together = rows * model.noise_copies // config.training.microbatches
+        flops = product_flops(traced.jaxpr, model.most_chunks(together))
         return Program(traced, {name: _bytes(tree) for name, tree in kinds.items()}, rows, flops)
     params = jax.tree.map(
         lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own),

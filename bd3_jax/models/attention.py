@@ -38,8 +38,8 @@ def block_causal_mask(length: int, block_size: int) -> Bool[np.ndarray, "L L"]:
     return block[:, None] >= block[None, :]
 
 
-def block_diffusion_mask(length: int, block_size: int) -> Bool[np.ndarray, "2L 2L"]:
-    """The mask over [xt ; x0] (Block Diffusion, section 3.1 and appendix B.6). L = 4, B = 2:
+def block_diffusion_mask(length: int, block_size: int, copies: int = 1) -> Bool[np.ndarray, "S S"]:
+    """The mask over [xt ; x0] (Block Diffusion, section 3.1 and appendix B.6), S = 2L. L = 4, B = 2:
 
        xt        x0
     1 1 0 0 | 0 0 0 0
@@ -51,11 +51,17 @@ def block_diffusion_mask(length: int, block_size: int) -> Bool[np.ndarray, "2L 2
     0 0 0 0 | 1 1 0 0      a clean query sees the clean tokens of its own
     0 0 0 0 | 1 1 1 1      and of earlier blocks.
     0 0 0 0 | 1 1 1 1
+
+    Several noised copies, [xt_1 ; xt_2 ; ... ; x0], do not see each other.
     """
     block = np.arange(length) // block_size
     query, key = block[:, None], block[None, :]
     nothing = np.zeros((length, length), bool)
-    return np.block([[query == key, query > key], [nothing, query >= key]])
+    noised = [
+        [*(query == key if other == copy else nothing for other in range(copies)), query > key]
+        for copy in range(copies)
+    ]
+    return np.block([*noised, [*[nothing] * copies, query >= key]])
 
 
 class Backend(Protocol):
@@ -65,9 +71,9 @@ class Backend(Protocol):
         """Softmax attention under `block_causal_mask`."""
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        """Softmax attention under `block_diffusion_mask`; stream 0 of k and v is noised, stream 1 clean.
+        """Softmax attention under `block_diffusion_mask`; the last stream of k and v is clean, those before are noised.
 
-        q holds both streams, or the noised one alone, and the result has the streams of q.
+        q holds all streams, or the noised ones alone, and the result has the streams of q.
         """
 
 
@@ -110,12 +116,12 @@ class Dense:
         return softmax_attention(q, k, v, block_causal_mask(q.shape[2], block_size))
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        mask = block_diffusion_mask(q.shape[3], block_size)[: q.shape[2] * q.shape[3]]
+        mask = block_diffusion_mask(q.shape[3], block_size, k.shape[2] - 1)[: q.shape[2] * q.shape[3]]
         return softmax_attention(_joined(q), _joined(k), _joined(v), mask).reshape(q.shape)
 
 
 def _joined(streams: Streams) -> Heads:
-    """One sequence, [xt ; x0]."""
+    """One sequence, the streams one after the other."""
     return streams.reshape(*streams.shape[:2], -1, streams.shape[-1])
 
 
@@ -129,10 +135,9 @@ class Decomposed:
         return chunked.attend(q, chunked.KV(k, v), None, block_size, self.chunk)
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        noised, clean = (chunked.KV(k[:, :, stream], v[:, :, stream]) for stream in range(2))
-        streams = [chunked.attend(q[:, :, 0], clean, noised, block_size, self.chunk)]
-        if q.shape[2] > 1:
-            streams.append(chunked.attend(q[:, :, 1], clean, None, block_size, self.chunk))
+        *noised, clean = (chunked.KV(k[:, :, stream], v[:, :, stream]) for stream in range(k.shape[2]))
+        own = [*noised, None][: q.shape[2]]
+        streams = [chunked.attend(q[:, :, n], clean, kv, block_size, self.chunk) for n, kv in enumerate(own)]
         return jnp.stack(streams, axis=2)
 
 
@@ -146,7 +151,7 @@ class Splash:
         return splash.attend(q, k, v, splash.block_causal(block_size), self.tile, self.interpret)
 
     def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
-        visible = splash.block_diffusion(q.shape[3], block_size)
+        visible = splash.block_diffusion(q.shape[3], block_size, k.shape[2] - 1)
         return splash.attend(_joined(q), _joined(k), _joined(v), visible, self.tile, self.interpret).reshape(q.shape)
 
 

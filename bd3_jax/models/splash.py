@@ -1,6 +1,6 @@
 """The patterns on TPU by splash attention: tiles of the scores in which nothing is visible are never visited.
 
-Both streams lie one after the other in a sequence of 2L, whose mask the kernel computes from the positions.
+The streams lie one after the other in one sequence, whose mask the kernel computes from the positions.
 """
 
 import functools
@@ -29,15 +29,14 @@ def block_causal(block_size: int) -> Visible:
     return lambda q, k: _divide(q, block_size) >= _divide(k, block_size)
 
 
-def block_diffusion(length: int, block_size: int) -> Visible:
-    """The same in [xt ; x0]; see `attention.block_diffusion_mask`."""
+def block_diffusion(length: int, block_size: int, copies: int = 1) -> Visible:
+    """The same in the noised copies and x0; see `attention.block_diffusion_mask`."""
 
     def visible(q: Array, k: Array) -> Array:
-        q_noised, k_noised = q < length, k < length
-        q_block, k_block = (_divide(x - length * (x >= length), block_size) for x in (q, k))
-        return (k_noised & q_noised & (q_block == k_block)) | (
-            ~k_noised & ((q_block > k_block) | (~q_noised & (q_block == k_block)))
-        )
+        q_stream, k_stream = (sum((x >= n * length) * 1 for n in range(1, copies + 1)) for x in (q, k))
+        q_block, k_block = (_divide(x - length * n, block_size) for x, n in ((q, q_stream), (k, k_stream)))
+        own = (q_stream == k_stream) & (q_block == k_block)
+        return own | ((k_stream == copies) & (q_block > k_block))
 
     return visible
 

@@ -217,13 +217,13 @@ class Network:
     def apply(
         self,
         params: Params,
-        tokens: Int[Array, "b L"],
+        tokens: Int[Array, "n L"],
         block_size: int,
         *,
         clean: Int[Array, "b L"] | None = None,
-        sigma: Float[Array, "b"] | None = None,
+        sigma: Float[Array, "n"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "b L d"]:
+    ) -> Float[Array, "n L d"]:
         """Hidden states after the final norm.
 
         Args:
@@ -231,14 +231,15 @@ class Network:
           tokens: any length, divisible by the block size.
           block_size: attention is block-causal: 1 is causal (AR), L all to all (MDLM, SEDD).
           clean: with it, the two-stream pass over [tokens ; clean] of BD3-LM; both carry positions 0..L-1, and the
-            hidden states of the noised half are returned (Block Diffusion, section 3.1).
+            hidden states of the noised half are returned (Block Diffusion, section 3.1). Where n = K b, each clean row
+            serves K noised ones that follow each other, and is computed once.
           sigma: total noise, where the network is conditioned on time; elsewhere ignored and taken as 0.
           dropout_key: None turns dropout off.
         """
         length = tokens.shape[1]
         if length % block_size:
             raise ValueError(f"the block size {block_size} must divide the length {length}")
-        transformer, dtype, streams = self._merge(params), self.dtype, 1 if clean is None else 2
+        transformer, dtype = self._merge(params), self.dtype
         backend = attention.get_backend(self.settled.attention, self.settled.attention_chunk, length)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -246,7 +247,10 @@ class Network:
                 return backend.block_causal(q[:, :, 0], k[:, :, 0], v[:, :, 0], block_size)[:, :, None]
             return backend.block_diffusion(q, k, v, block_size)
 
-        ids = tokens[:, None] if clean is None else jnp.stack([tokens, clean], axis=1)
+        ids = tokens[:, None]
+        if clean is not None:
+            ids = jnp.concatenate([tokens.reshape(clean.shape[0], -1, length), clean[:, None]], axis=1)
+        streams = ids.shape[1]
         x = jnp.take(transformer.embedding[...], ids, axis=0).astype(dtype)
         cond = self._cond(transformer, sigma)
         rotary = rotary_angles(jnp.arange(length), self.model.width // self.model.num_heads)
@@ -270,8 +274,9 @@ class Network:
                 (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], blocks)),
                 unroll=self.settled.scan_unroll,
             )
-        x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), 1)
-        return transformer.finish(x[:, 0], cond)
+        noised = streams if clean is None else streams - 1
+        x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), noised)
+        return transformer.finish(x.reshape(*tokens.shape, -1), cond)
 
     def _rematerialised(self, block: Callable[..., Array]) -> Callable[..., Array]:
         """What the backward pass of a block computes again; see `ModelConfig.remat`."""

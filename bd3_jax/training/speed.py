@@ -41,12 +41,13 @@ def flops_per_token(lm: LanguageModel) -> float:
     seen = (length + block) / 2  # keys that a query sees on average under a block-causal mask
     keys_values, rest = 2 * width**2, (2 + 8) * width**2  # of a layer's weights; rest: q, output, MLP
     stream = layers * (keys_values + rest + 2 * width * seen)
-    if lm.objective == "bd3lm" and block < length:
-        # The noised stream sees its own block and the clean ones before it: as many. The clean stream ends with the
-        # last layer's keys and values.
-        stream += stream - (rest + 2 * width * seen)
     share = 1.0 if lm.objective == "ar" else masked_share(lm.noise)
-    return 3 * 2 * (stream + share * width * lm.network.vocab_size)
+    total = lm.noise_copies * (stream + share * width * lm.network.vocab_size)
+    if lm.objective == "bd3lm" and block < length:
+        # A noised stream sees its own block and the clean ones before it: as many. The clean stream ends with the
+        # last layer's keys and values.
+        total += stream - (rest + 2 * width * seen)
+    return 3 * 2 * total
 
 
 class Clock:

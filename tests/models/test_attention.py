@@ -14,21 +14,21 @@ SHAPES = [(6, 1), (12, 3), (6, 6)]
 BACKENDS = [("dense", 1), ("decomposed", 1), ("decomposed", 4), ("decomposed", 100)]
 
 
-def visible(query, key, length, block_size):
-    """Block Diffusion, appendix B.6, one pair at a time; positions from `length` on are the clean stream."""
+def visible(query, key, length, block_size, copies=1):
+    """Block Diffusion, appendix B.6, one pair at a time; the clean stream comes after `copies` noised ones."""
+    query_stream, key_stream = query // length, key // length
     query_block, key_block = query % length // block_size, key % length // block_size
-    if query < length and key < length:
-        return query_block == key_block
-    if query < length:
-        return key_block < query_block
-    return key >= length and key_block <= query_block
+    if key_stream < copies:
+        return query_stream == key_stream and query_block == key_block
+    return key_block < query_block or (query_stream == copies and key_block == query_block)
 
 
+@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize(("length", "block_size"), SHAPES)
-def test_masks(length, block_size):
-    both = range(2 * length)
-    expected = [[visible(query, key, length, block_size) for key in both] for query in both]
-    np.testing.assert_array_equal(attention.block_diffusion_mask(length, block_size), expected)
+def test_masks(length, block_size, copies):
+    positions = range((copies + 1) * length)
+    expected = [[visible(query, key, length, block_size, copies) for key in positions] for query in positions]
+    np.testing.assert_array_equal(attention.block_diffusion_mask(length, block_size, copies), expected)
     clean = [[key // block_size <= query // block_size for key in range(length)] for query in range(length)]
     np.testing.assert_array_equal(attention.block_causal_mask(length, block_size), clean)
 
@@ -72,6 +72,25 @@ def test_block_diffusion(length, block_size, name, chunk):
     # The noised stream alone, as the last layer asks for it.
     noised = backend.block_diffusion(q[:, :, :1], k, v, block_size)
     np.testing.assert_allclose(noised, expected(q, k, v)[:, :, :1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "length"),
+    [(attention.Dense(), 12), (attention.Decomposed(4), 12), (attention.Splash(128, interpret=True), 128)],
+)
+def test_noised_copies_share_the_clean_stream(backend, length):
+    """Each copy's result is that beside the clean stream alone, in values and gradients."""
+    block_size = length // 4
+    q, k, v, cotangent = (x[:1, :2] for x in operands(3, length))
+
+    def one_by_one(q, k, v):
+        pairs = [[x[:, :, [copy, 2]] for x in (q, k, v)] for copy in range(2)]
+        first, second = (attention.Dense().block_diffusion(*pair, block_size) for pair in pairs)
+        return jnp.concatenate([first[:, :, :1], second], axis=2)
+
+    assert_same(lambda *x: backend.block_diffusion(*x, block_size), one_by_one, (q, k, v, cotangent))
+    noised = backend.block_diffusion(q[:, :, :2], k, v, block_size)
+    np.testing.assert_allclose(noised, one_by_one(q, k, v)[:, :, :2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "chunk"), BACKENDS)

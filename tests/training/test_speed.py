@@ -36,10 +36,13 @@ def traced_flops(jaxpr, times=1):
 
 
 @pytest.mark.parametrize(
-    ("objective", "block_size", "chunk"),
-    [("ar", 0, 1), ("mdlm", 0, 32), ("sedd", 0, 32), ("bd3lm", 4, 4), ("bd3lm", 16, 16), ("bd3lm", 32, 32)],
-)
-def test_flops_are_those_of_the_products(toy_lm, objective, block_size, chunk):
+    ("objective", "block_size", "chunk", "copies"),
+    [
+        ("ar", 0, 1, 1), ("mdlm", 0, 32, 1), ("sedd", 0, 32, 1),
+        ("bd3lm", 4, 4, 1), ("bd3lm", 16, 16, 1), ("bd3lm", 32, 32, 1), ("bd3lm", 16, 16, 3),
+    ],
+)  # fmt: skip
+def test_flops_are_those_of_the_products(toy_lm, objective, block_size, chunk, copies):
     """Chunks of one block attend to what they see and to nothing else. Backward counts twice the forward pass.
 
     The trace has the output layer at every position, of which all are masked at t = 1.
@@ -48,13 +51,13 @@ def test_flops_are_those_of_the_products(toy_lm, objective, block_size, chunk):
         objective, block_size, length=32, width=64, num_layers=3, num_heads=2, cond_dim=2, attention="decomposed",
         attention_chunk=chunk, vocab_size=500,
     )  # fmt: skip
-    batch = 4
+    lm, batch = dataclasses.replace(lm, noise_copies=copies), 4
     rows = jax.ShapeDtypeStruct((batch, 32), jnp.int32)
     loss = lambda params, rows: lm.training_loss(params, rows, jax.random.key(0), 1e-3, 1.0)[0]
     forward = traced_flops(jax.make_jaxpr(loss)(lm.network.abstract_params(), rows).jaxpr)
     for low, share in ((1e-3, 0.5), (0.6, 0.8), (1.0, 1.0)):
         share = 1 if objective == "ar" else share
-        needed = forward - (1 - share) * 2 * 64 * 500 * 32 * batch
+        needed = forward - (1 - share) * 2 * 64 * 500 * 32 * batch * copies
         clipped = dataclasses.replace(lm, noise=dataclasses.replace(lm.noise, low=low))
         assert flops_per_token(clipped) * 32 * batch == pytest.approx(3 * needed, rel=0.02)  # adaLN is left out
 
