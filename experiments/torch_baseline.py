@@ -255,8 +255,9 @@ def sample(model: Model, bos: int, length: int) -> Tensor:
                 tokens[start + 1] = _pick(logits[0, -1:], mask)[0]
             continue
         while (masked := (block[0] == mask).nonzero()[:, 0]).numel():
+            # As the authors do: all positions are drawn, and one of them is kept.
             logits, _ = model.decode(block, start, cache)
             place = masked[torch.randint(masked.numel(), ())]
-            block[0, place] = _pick(logits[0, place[None]], mask)[0]
+            block[0, place] = _pick(logits[0], mask)[place]
         _, cache = model.decode(block, start, cache)
     return tokens
