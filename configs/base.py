@@ -132,6 +132,21 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
     )
 
 
+def set_recipe(config: ConfigDict) -> None:
+    """How long the paper trains, once objective, block size and length are set: 1 M steps.
+
+    A BD3-LM begins as one block, 850 K steps, and goes on for 150 K with blocks of its own, searching the interval of
+    its noise. Checkpoints of every 100 K steps and the best one are kept.
+    """
+    config.training.update(keep_every=100_000, keep_best=1)
+    if config.objective == "bd3lm":
+        config.training.num_steps = 850_000
+        if config.block_size < config.model.length:
+            config.training.num_steps = 150_000
+            config.noise.resample = True
+            config.search.enabled = True
+
+
 def parse(string: str) -> tuple[str, int]:
     """'bd3lm,block_size=8' -> ('bd3lm', 8)."""
     objective, *options = string.split(",")
