@@ -95,6 +95,8 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 batch_size=16,
                 num_batches=100,  # of a validation during training; 0: the whole split, as --mode=eval always reads it
                 estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
+                without_special="never",  # BOS and EOS taken out of the rows, and these cut anew: never, training (in
+                # validations during it) or always
                 both_estimators=True,  # the other one too, where there is another
                 seed=0,
                 weights="ema",  # ema or raw, in --mode=eval; a validation during training always takes ema

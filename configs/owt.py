@@ -29,7 +29,8 @@ bd3 compile --config=configs/owt.py:bd3lm,block_size=4 --topology=v5e:16x16
 
 Rows are as for the paper's BD3-LMs and every published `-noeos` model: EOS after documents, no BOS or EOS around rows.
 With injection, as for the paper's other baselines: --config.data.insert_special=True and a --config.data.directory of
-its own.
+its own. Validations during training, and so the search, look at the same text without BOS and EOS; `bd3 eval` at the
+rows as they are, or at those too with --config.eval.without_special=always.
 """
 
 from ml_collections import ConfigDict
@@ -53,5 +54,6 @@ def get_config(string: str = "bd3lm,block_size=4") -> ConfigDict:
     width, layers, heads, cond = SIZES[size]
     config.model.update(width=width, num_layers=layers, num_heads=heads, cond_dim=cond)
     config.data.update(corpus="openwebtext", directory="data/owt", tokenizer="gpt2")
+    config.eval.without_special = "training"  # as the paper's validations and searches, whatever training reads
     base.set_recipe(config)
     return config
