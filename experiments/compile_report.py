@@ -4,6 +4,7 @@
     python experiments/compile_report.py --configs='configs/text8.py:ar;configs/lm1b.py:mdlm'
     python experiments/compile_report.py --chips=v5e,v5p,v6e    # configs/owt.py, small and medium, 4 rows a chip
     python experiments/compile_report.py --chips=h100
+    python experiments/compile_report.py --configs=configs/lm1b.py:mdlm --topology=2xv5e:4x4    # two slices
 
 TPUs take the extra `tpu`, H100s the extra `cuda`. Each cell is compiled in a process of its own, some minutes each, and
 is kept in OUT/results.json, so that an interrupted report goes on (one that failed is not tried again: remove it

@@ -45,7 +45,7 @@ def settings(block_size: int, steps: int) -> Config:
     config.noise.update(low=1e-3, high=1.0, resample=True)
     config.training.update(num_steps=steps, eval_every=math.ceil(steps / 2), checkpoint_every=steps)
     config.eval.update(num_batches=2)
-    config.search.update(enabled=True, num_batches=8)
+    config.search.update(enabled=True, num_batches=4)
     return from_config_dict(config)
 
 

@@ -43,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
         f"--tpu-type={own.tpu_type}", f"--num-slices={own.slices}", f"--max-restarts={own.restarts}",
         f"--docker-image={own.image}", f"--command=bd3 train {shlex.join(train)}",
     ]  # fmt: skip
-    check = command.check(made, own, train, command.TOPOLOGIES.get(own.tpu_type))
+    topology = command.TOPOLOGIES.get(own.tpu_type)
+    if topology and own.slices > 1:
+        topology = f"{own.slices}x{topology}"
+    check = command.check(made, own, train, topology)
     return command.run([*check, workload], own.dry_run)
 
 
