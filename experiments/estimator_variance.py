@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         workdir = epath.Path(name)
         config = read_config(workdir)
         cell = {"workdir": name, "batches": own.batches, "draws": own.draws}
-        found[workdir.name] = recording.cell(
+        found[name] = recording.cell(
             cell,
             config.to_dict(),
             lambda config=config, workdir=workdir: measure(config, workdir, own.batches, own.draws),

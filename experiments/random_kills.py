@@ -98,14 +98,15 @@ def partial_saves(workdir: epath.Path) -> set[str]:
 def compare(config: Config, folder: epath.Path) -> dict[str, object]:
     """Both runs to the same step: the killed one, and one without a break."""
     final = (latest_step(folder / "killed") or 0) + 2 * EVERY
-    for name in ("killed", "whole"):
+    names = ("killed", f"whole-{final}")
+    for name in names:
         process = start(folder / name, final)
         _, errors = process.communicate()
         if process.returncode:
             raise RuntimeError(f"the run {name} did not end well: {errors.decode()[-2000:]}")
-    ours, theirs = (restore_params(config, folder / name, "raw")[0] for name in ("killed", "whole"))
+    ours, theirs = (restore_params(config, folder / name, "raw")[0] for name in names)
     equal = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), ours, theirs)
-    records = [timeless(folder / name) for name in ("killed", "whole")]
+    records = [timeless(folder / name) for name in names]
     return {
         "steps": final,
         "records": len(records[0]),

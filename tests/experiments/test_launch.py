@@ -87,6 +87,7 @@ def test_a_pod_is_the_machine_that_the_config_is_made_for(name):
         assert targets.parse(topology).size == int(count) // (2 if chip == "v5p" else 1)  # which counts cores
 
 
+@pytest.mark.slow
 def test_a_config_that_does_not_fit_is_not_started(launch, tmp_path):
     """2^28 rows, compiled for two devices; a training would ask for prepared rows, with status 2."""
     config = f"--config={tmp_path / 'tiny.py'}:ar"
