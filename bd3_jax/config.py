@@ -115,6 +115,7 @@ class EvalConfig:
     batch_size: int
     num_batches: int
     estimator: Estimator
+    without_special: Literal["never", "training", "always"]
     both_estimators: bool
     seed: int
     weights: Literal["ema", "raw"]

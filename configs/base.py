@@ -96,6 +96,8 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 batch_size=16,
                 num_batches=100,  # of a validation during training; 0: the whole split, as --mode=eval always reads it
                 estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
+                without_special="never",  # BOS and EOS taken out of the rows, and these cut anew: never, training (in
+                # validations during it) or always
                 both_estimators=True,  # the other one too, where there is another
                 seed=0,
                 weights="ema",  # ema or raw, in --mode=eval; a validation during training always takes ema
@@ -131,6 +133,21 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
             ),
         )
     )
+
+
+def set_recipe(config: ConfigDict) -> None:
+    """How long the paper trains, once objective, block size and length are set: 1 M steps.
+
+    A BD3-LM begins as one block, 850 K steps, and goes on for 150 K with blocks of its own, searching the interval of
+    its noise. Checkpoints of every 100 K steps and the best one are kept.
+    """
+    config.training.update(keep_every=100_000, keep_best=1)
+    if config.objective == "bd3lm":
+        config.training.num_steps = 850_000
+        if config.block_size < config.model.length:
+            config.training.num_steps = 150_000
+            config.noise.resample = True
+            config.search.enabled = True
 
 
 def parse(string: str) -> tuple[str, int]:

@@ -10,26 +10,27 @@ bd3 eval --workdir=gs://BUCKET/owt-4 --suite=zeroshot
 A BD3-LM begins as one block of 1024 (850 K steps), and goes on for 150 K steps with blocks of 4, 8 or 16, searching the
 interval of its noise. Everything else trains for 1 M steps of 512 rows: 524 B tokens.
 
-| string | test perplexity published | FLOPs per token | v5e chip-hours |
-| --- | --- | --- | --- |
-| ar | 17.54 | 0.80 G | 1475 |
-| mdlm | 22.98 | 0.74 G | 1365 |
-| sedd | 24.10 | 0.74 G | 1365 |
-| bd3lm,block_size=1024 | - | 0.74 G | 1161 |
-| bd3lm,block_size=16 | 22.27 | 1.21 G | 335 |
-| bd3lm,block_size=8 | 21.68 | 1.21 G | 335 |
-| bd3lm,block_size=4 | 20.73 | 1.21 G | 335 |
+| string | test perplexity published | parameters | FLOPs per token | v5e chip-hours |
+| --- | --- | --- | --- | --- |
+| ar | 17.54 | 162.2 M | 0.80 G | 1475 |
+| mdlm | 22.98 | 169.6 M | 0.74 G | 1365 |
+| sedd | 24.10 | 169.6 M | 0.74 G | 1365 |
+| bd3lm,block_size=1024 | - | 169.6 M | 0.74 G | 1161 |
+| bd3lm,block_size=16 | 22.27 | 169.6 M | 1.21 G | 335 |
+| bd3lm,block_size=8 | 21.68 | 169.6 M | 1.21 G | 335 |
+| bd3lm,block_size=4 | 20.73 | 169.6 M | 1.21 G | 335 |
 
 FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
 tokens that is masked), at 40 % of the chips' peak; on v5e-256 divide the hours by 256. Published are diffusion models'
-upper bounds. After the objective, `size=medium` takes the larger network, `size=tiny` a small one. Whether a machine
-holds it, without having the machine:
+upper bounds. After the objective, `size=medium` takes the larger network, `size=tiny` a small one. Each string is
+compiled for `TOPOLOGY`, as for any other machine, without having it:
 
 bd3 compile --config=configs/owt.py:bd3lm,block_size=4 --topology=v5e:16x16
 
 Rows are as for the paper's BD3-LMs and every published `-noeos` model: EOS after documents, no BOS or EOS around rows.
 With injection, as for the paper's other baselines: --config.data.insert_special=True and a --config.data.directory of
-its own.
+its own. Validations during training, and so the search, look at the same text without BOS and EOS; `bd3 eval` at the
+rows as they are, or at those too with --config.eval.without_special=always.
 """
 
 from ml_collections import ConfigDict
@@ -37,6 +38,8 @@ from ml_collections import ConfigDict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 
+# What experiments/compile_report.py compiles every string of the table for, with its 512 rows: a v5litepod-256.
+TOPOLOGY = "v5e:16x16"
 # Width, layers, heads, width of the time embedding.
 SIZES = {"tiny": (256, 8, 8, 64), "small": (768, 12, 12, 128), "medium": (1024, 24, 16, 128)}
 
@@ -51,11 +54,6 @@ def get_config(string: str = "bd3lm,block_size=4") -> ConfigDict:
     width, layers, heads, cond = SIZES[size]
     config.model.update(width=width, num_layers=layers, num_heads=heads, cond_dim=cond)
     config.data.update(corpus="openwebtext", directory="data/owt", tokenizer="gpt2")
-    config.training.update(keep_every=100_000, keep_best=1)
-    if config.objective == "bd3lm":
-        config.training.num_steps = 850_000
-    if config.objective == "bd3lm" and config.block_size < config.model.length:
-        config.training.num_steps = 150_000
-        config.noise.resample = True
-        config.search.enabled = True
+    config.eval.without_special = "training"  # as the paper's validations and searches, whatever training reads
+    base.set_recipe(config)
     return config

@@ -57,6 +57,7 @@ class Program:
     compile_seconds: float = 0.0
     flops: float | None = None
     memory: int | None = None
+    temporaries: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ def ours(config: Config, mode: str, vocab_size: int) -> Program:
     share = 1.0 if model.is_exact else masked_share(config.noise)
     together = batch * model.noise_copies // config.training.microbatches if mode == "train" else batch
     flops = None if mode == "sample" else product_flops(traced.jaxpr, share * model.most_chunks(together))
-    return Program(run, tokens, seconds, flops, memory)
+    return Program(run, tokens, seconds, flops, memory, stats.temp_size_in_bytes)
 
 
 def yardstick(config: Config, mode: str, vocab_size: int) -> Program | None:

@@ -1,152 +1,157 @@
 """Memory, work and communication of the paper's models on chips that are not at hand, from what their compilers say.
 
-    python experiments/compile_report.py --chips=v5e,v5p,v6e --json=experiments/results/compile/tpu.json
-    python experiments/compile_report.py --chips=h100 --json=experiments/results/compile/h100.json
+    python experiments/compile_report.py                        # every recipe, for the machine that it names
+    python experiments/compile_report.py --configs='configs/text8.py:ar;configs/lm1b.py:mdlm'
+    python experiments/compile_report.py --chips=v5e,v5p,v6e    # configs/owt.py, small and medium, 4 rows a chip
+    python experiments/compile_report.py --chips=h100
+    python experiments/compile_report.py --configs=configs/lm1b.py:mdlm --topology=2xv5e:4x4    # two slices
 
-TPUs take the extra `tpu`, H100s the extra `cuda`; the settings are those of configs/owt.py. Each cell is compiled in a
-process of its own, some minutes each, and is kept in the JSON file, so that an interrupted report goes on; a table is
-written beside it (.md). Figures are per chip and step. Nothing was run: the compiler's figures, FLOPs of the matrix
-products counted in the program, and times that follow from published peaks are estimates.
+TPUs take the extra `tpu`, H100s the extra `cuda`. Each cell is compiled in a process of its own, some minutes each, and
+is kept in OUT/results.json, so that an interrupted report goes on (one that failed is not tried again: remove it
+there); OUT/table.md shows all. Figures are per chip and step. Nothing was run: the compiler's figures, FLOPs of the
+matrix products counted in the program, and times that follow from published peaks are estimates. Exit status 1 where a
+recipe does not fit its machine.
 
 --unroll compiles with all layers unrolled, so that the compiler's bytes and time count every layer (slow to compile);
---baseline does so for the yardstick: dense [2L, 2L] attention and whole logits.
+--baseline does so for the yardstick: dense [2L, 2L] attention and whole logits. Further --config.GROUP.NAME=VALUE hold
+for every cell.
 """
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from absl.flags import FlagValues
+from recording import RESULTS, Recording
 
-from bd3_jax import config as settings
-from bd3_jax.command_line import exit_status
+from bd3_jax import command_line
 from bd3_jax.compiling import targets
 from bd3_jax.compiling.report import Report, amount
 from bd3_jax.compiling.run import compile_for
 from bd3_jax.config import Config
-from bd3_jax.configs import owt
+from bd3_jax.configs import lm1b, owt, text8
 from bd3_jax.errors import UserError
 
-# The smallest machine of each kind, and one of (up to) 256 chips.
+RECIPES = {f"configs/{name}.py": module.TOPOLOGY for name, module in (("owt", owt), ("lm1b", lm1b), ("text8", text8))}
+MODELS = ("ar", "mdlm", "sedd", "bd3lm,block_size=4", "bd3lm,block_size=8", "bd3lm,block_size=16")
+# Of --chips: the smallest machine of each kind, and one of (up to) 256 chips.
 MACHINES = {
     "v5e": ("v5e:2x2", "v5e:16x16"),
     "v5p": ("v5p:2x2x1", "v5p:4x8x8"),
     "v6e": ("v6e:2x2", "v6e:16x16"),
     "h100": ("h100:1", "h100:8"),
 }
-MODELS = ("ar", "mdlm", "sedd", "bd3lm,block_size=4", "bd3lm,block_size=8", "bd3lm,block_size=16")
+SIZES = ("small", "medium")
+ROWS = 4  # sequences a chip
 
 
-def configure(model: str, size: str, rows: int, topology: str, overrides: dict[str, Any]) -> Config:
-    """configs/owt.py with `rows` sequences a chip, and GROUP.NAME: value overrides."""
-    config = owt.get_config(f"{model},size={size}")
-    for path, value in overrides.items():
-        group, _, name = path.partition(".")
-        if group not in config or not isinstance(config[group], ConfigDict) or name not in config[group]:
-            raise UserError(f"--set={path}: no such setting; allowed: GROUP.NAME=VALUE as in configs/base.py")
-        config[group][name] = value
-    config.training.batch_size = rows * targets.parse(topology).size // config.mesh.tensor
-    return settings.from_config_dict(config)
+class Cell(NamedTuple):
+    """What to compile: FILE:STRING, for a machine, with flags as `bd3 train` takes them."""
+
+    config: str
+    topology: str
+    flags: list[str]
+
+    def settings(self) -> Config:
+        return command_line.parse([f"--config={self.config}", *self.flags], FlagValues(), "")
 
 
-def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to compile; a cell is recognised again by these values."""
-    own = dict(pair.split("=", 1) for pair in options.set)
-    overrides: dict[str, Any] = {path: _literal(value) for path, value in own.items()}
+def cells(options: argparse.Namespace, flags: list[str]) -> list[Cell]:
+    if options.chips:
+        machines = [topology for chip in options.chips for topology in MACHINES[chip]]
+        models = [f"configs/owt.py:{model},size={size}" for size in SIZES for model in MODELS]
+        found = [Cell(model, topology, flags) for topology, model in itertools.product(machines, models)]
+        found = [with_flag(cell, "training.batch_size", ROWS * targets.parse(cell.topology).size) for cell in found]
+    else:
+        strings = options.configs or [f"{file}:{model}" for file in RECIPES for model in MODELS]
+        found = [Cell(string, options.topology or _named(string), flags) for string in strings]
     if options.baseline:
-        overrides |= {"model.attention": "dense", "model.max_logits": 2**31 - 1}
-    machines = options.topologies or [topology for chip in options.chips for topology in MACHINES[chip]]
-    found = []
-    for topology, size, model in itertools.product(machines, options.sizes, options.models):
-        unrolled = {"model.scan_unroll": owt.SIZES[size][1]} if options.unroll or options.baseline else {}
-        cell = dict(topology=topology, size=size, model=model, rows_per_chip=options.rows)
-        found.append(cell | {"overrides": overrides | unrolled})
+        found = [with_flag(cell, "model.attention", "dense") for cell in found]
+        found = [with_flag(cell, "model.max_logits", 2**31 - 1) for cell in found]
+    if options.unroll or options.baseline:
+        found = [with_flag(cell, "model.scan_unroll", cell.settings().model.num_layers) for cell in found]
     return found
 
 
-def describe(cell: dict[str, Any]) -> dict[str, Any]:
-    """Compiles a cell and adds the report's figures, or the compiler's complaint."""
-    config = configure(cell["model"], cell["size"], cell["rows_per_chip"], cell["topology"], cell["overrides"])
+def with_flag(cell: Cell, name: str, value: object) -> Cell:
+    return cell._replace(flags=[*cell.flags, f"--config.{name}={value}"])
+
+
+def _named(string: str) -> str:
+    file = string.split(":")[0]
+    if file not in RECIPES:
+        raise UserError(f"--configs has {file}, which names no machine; allowed: {', '.join(RECIPES)}, or --topology")
+    return RECIPES[file]
+
+
+def describe(config: Config, topology: str) -> dict[str, Any]:
+    """The report's figures, or the compiler's complaint."""
     try:
-        return cell | {"report": compile_for(config, cell["topology"], "train").record()}
+        return {"report": compile_for(config, topology, "train").record()}
     except RuntimeError as error:
-        return cell | {"failure": str(error)[-500:]}
+        return {"failure": str(error)[-500:]}
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def fits(figures: dict[str, Any]) -> bool:
+    return "report" in figures and figures["report"]["fits"]
+
+
+def table(recorded: list[dict[str, Any]]) -> str:
     """Markdown, a row a cell."""
-    heads = [
-        "machine",
-        "size",
-        "model",
-        "rows a chip",
-        "settings",
-        "fits",
-        "memory",
-        "temporaries",
-        "TFLOP",
-        "GB moved",
-    ]
+    heads = ["config", "machine", "rows a chip", "flags", "fits", "memory", "temporaries", "TFLOP", "GB moved"]
     heads += ["compiler's estimate ms", "sent", "roofline ms", "links' share", "tokens/s a chip at most", "compile s"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
-    for record in records:
-        changed = ", ".join(f"{path}={value}" for path, value in record["overrides"].items()) or "-"
-        cells = [record["topology"], record["size"], record["model"], str(record["rows_per_chip"]), changed]
-        if "failure" in record:
-            lines.append(f"| {' | '.join(cells)} | failed: {record['failure'].splitlines()[-1]} |")
+    for cell in recorded:
+        asked, figures, batch = cell["settings"], cell["figures"], cell["config"]["training"]["batch_size"]
+        rows = batch / targets.parse(asked["topology"]).size
+        cells = [asked["config"], asked["topology"], f"{rows:g}", " ".join(asked["flags"]) or "-"]
+        if "failure" in figures:
+            lines.append(f"| {' | '.join(cells)} | failed: {figures['failure'].splitlines()[-1]} |")
             continue
-        report = Report.from_record(record["report"])
-        times = report.roofline(targets.parse(record["topology"]).chip)
+        report = Report.from_record(figures["report"])
+        times = report.roofline(targets.parse(report.topology).chip)
         bound = max((seconds for seconds in times.values() if not math.isnan(seconds)), default=math.nan)
         moved, estimate = report.compiler_bytes, report.compiler_seconds
-        cells += ["yes" if report.fits else "no", "-" if report.needed is None else amount(report.needed)]
+        cells += ["yes" if report.fits else "NO", "-" if report.needed is None else amount(report.needed)]
         cells += [amount(report.memory["temporaries"]) if report.fits else "-", f"{report.program_flops / 1e12:.2f}"]
         cells += ["-" if moved is None else f"{moved / 1e9:.1f}", "-" if estimate is None else f"{1e3 * estimate:.1f}"]
         cells += [amount(report.traffic), f"{1e3 * bound:.1f}", f"{times['links'] / bound:.0%}"]
-        cells += [f"{record['rows_per_chip'] * 1024 / bound:,.0f}", f"{report.compile_seconds:.0f}"]
+        cells += [f"{rows * cell['config']['model']['length'] / bound:,.0f}", f"{report.compile_seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    several = lambda text: text.split(";" if ";" in text or "block_size" in text else ",")
-    parser.add_argument("--chips", type=several, default=["v5e", "v5p", "v6e"], help=f"of {', '.join(MACHINES)}")
-    parser.add_argument("--topologies", type=several, default=None, help="in place of each chip's two machines")
-    parser.add_argument("--sizes", type=several, default=["small", "medium"])
-    parser.add_argument("--models", type=several, default=list(MODELS), help="config strings, ';' between them")
-    parser.add_argument("--rows", type=int, default=4, help="sequences a chip")
-    parser.add_argument("--set", action="append", default=[], metavar="GROUP.NAME=VALUE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--configs", type=lambda text: text.split(";"), help="FILE:STRING, ';' between them")
+    parser.add_argument("--topology", help="in place of the one that each config names")
+    parser.add_argument("--chips", type=lambda text: text.split(","), default=[], help=f"of {', '.join(MACHINES)}")
     parser.add_argument("--unroll", action="store_true")
     parser.add_argument("--baseline", action="store_true")
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=RESULTS / "compile")
+    options, flags = parser.parse_known_args(argv)
     if unknown := set(options.chips) - set(MACHINES):
         raise UserError(f"--chips has {', '.join(sorted(unknown))}; allowed: {', '.join(MACHINES)}")
+    if options.chips and (options.configs or options.topology):
+        raise UserError("--chips has configs and machines of its own; allowed: without --configs and --topology")
 
-    records = json.loads(options.json.read_text()) if options.json.exists() else []
-    done = [{name: value for name, value in record.items() if name not in ("report", "failure")} for record in records]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    for cell in cells(options):
-        if cell in done:
-            continue
-        print(f"compiling {cell}", flush=True)
-        records.append(describe(cell))
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(table(records) + "\n")
-    print(table(records))
-
-
-def _literal(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    recording, asked = Recording(options.out, on_devices=False), cells(options, flags)
+    parsed = [cell.settings() for cell in asked]  # so that a mistake is told before anything is compiled
+    found = []
+    for number, (cell, config) in enumerate(zip(asked, parsed, strict=True), start=1):
+        print(f"{number} of {len(asked)}: {cell.config} for {cell.topology}", flush=True)
+        measure = lambda config=config, cell=cell: describe(config, cell.topology)
+        found.append(recording.cell(cell._asdict(), config.to_dict(), measure))
+        recording.write_table(table(recording.cells))
+    print(table(recording.cells))
+    if not options.chips and not all(map(fits, found)):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: main(sys.argv[1:])))
+    sys.exit(command_line.exit_status(lambda: main(sys.argv[1:])))

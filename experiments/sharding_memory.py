@@ -1,47 +1,89 @@
 """Memory of a training step for each of 8 simulated devices, as compiled, by how the mesh splits it.
 
-python experiments/sharding_memory.py > experiments/results/sharding_memory.md
+    python experiments/sharding_memory.py
 
-Nothing of that size is allocated: only shapes are compiled, for the CPU.
+The recipe of configs/lm1b.py (139 M parameters, float32) with 64 rows, layers scanned as on
+accelerators. Nothing of that size is allocated: only shapes are compiled, for the CPU. About five minutes on two cores.
 """
 
+import argparse
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 DEVICES = 8
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from bd3_jax.config import MeshConfig, from_config_dict  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from recording import RESULTS, Recording  # noqa: E402
+
+from bd3_jax.command_line import exit_status  # noqa: E402
+from bd3_jax.compiling.programs import special_ids  # noqa: E402
+from bd3_jax.config import Config, MeshConfig, from_config_dict  # noqa: E402
 from bd3_jax.configs import lm1b  # noqa: E402
 from bd3_jax.language_model import LanguageModel  # noqa: E402
 from bd3_jax.sharding import batch_shards, make_mesh  # noqa: E402
-from bd3_jax.special_ids import SpecialIds  # noqa: E402
 from bd3_jax.training.update import make_program  # noqa: E402
 
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1))
-STRING, BATCH = "bd3lm,block_size=16", 64
-VOCAB_SIZE = 30522  # of bert-base-uncased
+STRING = "bd3lm,block_size=16"
 
 
-def main() -> int:
-    settings = lm1b.get_config(STRING)
-    settings.training.batch_size = BATCH
-    config = from_config_dict(settings)
-    ids = SpecialIds(bos=101, eos=101, mask=103, vocab_size=VOCAB_SIZE)
-    print(f"# Memory of a step on {DEVICES} simulated devices\n")
-    print(f"`configs/lm1b.py:{STRING}`, {BATCH} rows, float32, compiled for the CPU; MiB a device.\n")
-    print("| data x fsdp x tensor | state and batch | temporary | together |\n| --- | --- | --- | --- |")
+def settings(rows: int) -> Config:
+    config = lm1b.get_config(STRING)
+    config.training.batch_size = rows
+    config.model.scan_unroll = 1
+    return from_config_dict(config)
+
+
+def measure(config: Config) -> dict[str, int]:
+    """Bytes of one device."""
+    mesh = make_mesh(config.mesh)
+    model = LanguageModel.from_config(config, special_ids(config, 0), batch_shards(mesh))
+    memory = make_program(model, config, mesh).update.lower().compile().memory_analysis()
+    return {"state_and_batch": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+
+
+def table(found: dict[str, dict[str, int]], rows: int) -> str:
+    lines = [f"`configs/lm1b.py:{STRING}`, {rows} rows, on {DEVICES} simulated devices; MiB a device.", ""]
+    lines += ["| data x fsdp x tensor | state and batch | temporaries | together |", "| --- | --- | --- | --- |"]
+    for name, memory in found.items():
+        values = (*memory.values(), sum(memory.values()))
+        lines.append(f"| {name} | {' | '.join(f'{value / 2**20:,.0f}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, dict[str, int]]) -> Figure:
+    """Bars, a mesh each."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes, bottom = figure.subplots(), [0.0] * len(found)
+    for kind, label in (("state_and_batch", "state and batch"), ("temporaries", "temporaries")):
+        sizes = [memory[kind] / 2**20 for memory in found.values()]
+        axes.bar(list(found), sizes, bottom=bottom, label=label)
+        bottom = [below + size for below, size in zip(bottom, sizes, strict=True)]
+    axes.set(xlabel="data x fsdp x tensor", ylabel="MiB a device")
+    axes.legend()
+    return figure
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64, help="of a batch")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharding_memory")
+    own = parser.parse_args(argv)
+    recording, found = Recording(own.out), {}
     for shape in MESHES:
-        mesh = make_mesh(MeshConfig(*shape))
-        model = LanguageModel.from_config(config, ids, batch_shards(mesh))
-        program = make_program(model, dataclasses.replace(config, mesh=MeshConfig(*shape)), mesh)
-        memory = program.update.lower().compile().memory_analysis()
-        held, temporary = memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20
-        print(f"| {'x'.join(map(str, shape))} | {held:,.0f} | {temporary:,.0f} | {held + temporary:,.0f} |", flush=True)
-    return 0
+        config = dataclasses.replace(settings(own.rows), mesh=MeshConfig(*shape))
+        name = "x".join(map(str, shape))
+        figures = recording.cell(
+            {"mesh": name, "rows": own.rows}, config.to_dict(), lambda config=config: measure(config)
+        )
+        found[name] = figures
+        recording.write_table(table(found, own.rows))
+        plot(found).savefig(own.out / "sharding_memory.png", dpi=150)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -228,6 +228,8 @@ def test_owt_is_the_papers_small_model_and_has_others():
     m, o = config.model, config.optimizer
     assert (m.width, m.num_layers, m.num_heads, m.cond_dim) == (768, 12, 12, 128)
     assert (config.training.batch_size, o.learning_rate, o.warmup_steps, o.ema_decay) == (512, 3e-4, 2500, 0.9999)
+    assert config.data.insert_eos
+    assert config.eval.without_special == "training"
     medium = from_config_dict(owt.get_config("bd3lm,block_size=8,size=medium"))
     assert (medium.block_size, medium.model.width, medium.model.num_layers) == (8, 1024, 24)
     with pytest.raises(UserError, match="found size=huge, allowed: tiny, small, medium"):

@@ -177,6 +177,15 @@ def _read_scores(folder: epath.Path) -> dict[int, float]:
     return {step: json.loads(path.read_text())["score"] for step, path in paths.items() if path.exists()}
 
 
+def read_position(workdir: epath.Path, step: int) -> dict[str, Any] | None:
+    """The JSON that `Checkpoints.save` got with the state of that step; None where there is none, or it is damaged."""
+    path = workdir.resolve() / FOLDER / str(step) / "position" / "metadata"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def latest_step(workdir: epath.Path) -> int | None:
     """Step of the newest complete checkpoint of a run, readable or not; nothing is created."""
     return next(iter(_newest_first(workdir)), None)

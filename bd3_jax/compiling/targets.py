@@ -1,7 +1,8 @@
 """Machines that programs are compiled for without being there, with the figures that their makers publish.
 
-A topology is CHIP:SHAPE, as in v5e:16x16, v5p:4x4x4 or h100:8 (GPUs of one NVLink domain). `cpu:N` is this machine,
-split into N devices: it needs no further package and shows shardings and collectives.
+A topology is CHIP:SHAPE, as in v5e:16x16, v5p:4x4x4 or h100:8 (GPUs of one NVLink domain); 2xv5e:16x16 is two slices of
+TPUs, joined by the data centre's network. `cpu:N` is this machine, split into N devices: it needs no further package
+and shows shardings and collectives.
 """
 
 import dataclasses
@@ -81,10 +82,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine: `shape` counts its chips along each axis of their network."""
+    """A machine: `shape` counts the chips of a slice along each axis of their network."""
 
     name: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
@@ -95,7 +97,7 @@ class Target:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -126,23 +128,24 @@ class Target:
         if self.chip.platform == "cuda":
             shape = f"1x1x{self.size}"
             return topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=shape).devices
-        shape = "x".join(map(str, self.shape))
+        shape, slices = "x".join(map(str, self.shape)), {"num_slices": self.slices} if self.slices > 1 else {}
         try:
-            return topologies.get_topology_desc(f"{self.name}:{shape}", "tpu").devices
+            return topologies.get_topology_desc(f"{self.name}:{shape}", "tpu", **slices).devices
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"--topology={self.name}:{shape} is no machine that its compiler knows: {error}") from error
 
 
 def parse(topology: str) -> Target:
-    """'v5e:16x16' -> 16 * 16 chips of v5e.
+    """'v5e:16x16' -> 16 * 16 chips of v5e; '2xv5e:16x16' -> twice as many.
 
     Raises:
-      UserError: an unknown chip, or something else than numbers joined by x.
+      UserError: an unknown chip, or something else than numbers joined by x, or slices of what is no TPU.
     """
-    name, _, shape = topology.partition(":")
-    if name not in (*CHIPS, "cpu") or not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){0,2}", shape):
+    found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([a-z]\w*):([1-9]\d{0,3}(?:x[1-9]\d{0,3}){0,2})", topology)
+    slices, name, shape = found.groups() if found else (None, "", "")
+    if name not in (*CHIPS, "cpu") or (slices and (name == "cpu" or CHIPS[name].platform != "tpu")):
         raise UserError(
             f"--topology is {topology!r}; allowed: CHIP:SHAPE with a chip of {', '.join((*CHIPS, 'cpu'))}, "
-            "as in v5e:16x16, v5p:2x2x1, h100:8"
+            "as in v5e:16x16, v5p:2x2x1, h100:8, or 2xv5e:16x16 for two slices of TPUs"
         )
-    return Target(name, tuple(int(size) for size in shape.split("x")))
+    return Target(name, tuple(int(size) for size in shape.split("x")), int(slices or 1))

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import Bool, Int32
 
-from bd3_jax.config import DataConfig
+from bd3_jax.config import Config, DataConfig
 from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
 from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -25,6 +25,7 @@ from bd3_jax.folders import reachable
 
 # Batches that are read ahead, and threads that read them: enough to hide a slow file system.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
+_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,62 @@ class Dataset:
 def open_data(data: DataConfig, length: int, split: str) -> Dataset | Stream:
     """Opens a split in the way that `data.mode` says. Raises UserError as `open_dataset` and `open_stream` do."""
     return (open_stream if data.mode == "streaming" else open_dataset)(data, length, split)
+
+
+def open_eval_data(config: Config, in_training: bool) -> Dataset | Stream:
+    """Opens `config.eval.split`, without BOS and EOS where `config.eval.without_special` says so.
+
+    Then a prepared split has no more rows than validations during training look at, or all of them otherwise.
+
+    Raises:
+      UserError: as `open_data` does.
+    """
+    data, e, search = config.data, config.eval, config.search
+    plain = e.without_special == "always" or (in_training and e.without_special == "training")
+    if plain and data.mode == "streaming":
+        data = dataclasses.replace(data, insert_special=False, insert_eos=False)
+    rows = open_data(data, config.model.length, e.split)
+    if not plain or isinstance(rows, Stream):
+        return rows
+    wanted = max(e.num_batches * e.batch_size, search.num_batches * search.batch_size)
+    return without_special(rows, wanted if in_training and e.num_batches else 0)
+
+
+def without_special(dataset: Dataset, count: int) -> Dataset:
+    """The first `count` rows (0: all) of the same tokens without BOS and EOS, held in memory.
+
+    Up to the end of the corpus' first input shard they are the rows that `bd3 prepare` makes with insert_special and
+    insert_eos off; what fills no row is dropped once, at the end.
+    """
+    settings, ids, parts, found = dataset.settings, dataset.tokenizer.ids, [], 0
+    if not settings.insert_special and not settings.insert_eos:
+        return dataset
+    for first in range(0, len(dataset), _ROWS_AT_ONCE):
+        rows = dataset.read(range(first, min(first + _ROWS_AT_ONCE, len(dataset))))
+        parts.append(rows[(rows != ids.bos) & (rows != ids.eos)])
+        found += parts[-1].size
+        if count and found >= count * settings.length:
+            break
+    whole = found // settings.length if count == 0 else min(count, found // settings.length)
+    if whole == 0:
+        raise UserError(f"split {dataset.split!r} of {dataset.place} has too few tokens for a row without BOS and EOS")
+    cut = np.concatenate(parts)[: whole * settings.length].reshape(whole, settings.length)
+    plain = dataclasses.replace(settings, insert_special=False, insert_eos=False)
+    manifest = dataclasses.replace(dataset.manifest, settings=plain)
+    return dataclasses.replace(dataset, manifest=manifest, rows=_InMemory(cut))
+
+
+class _InMemory:
+    """Rows as TFDS' data sources give them."""
+
+    def __init__(self, rows: Int32[np.ndarray, "n L"]):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Int32[np.ndarray, " L"]]]:
+        return [{"tokens": self._rows[index]} for index in indices]
 
 
 def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:

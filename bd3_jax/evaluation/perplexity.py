@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config, Estimator, EvalConfig
-from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_data
+from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_eval_data
 from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import load_tokenizer
@@ -290,7 +290,7 @@ def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_
       UserError: if there is no checkpoint or no such split, or they do not fit each other or the settings.
     """
     require_writable(workdir, "--workdir")
-    dataset = open_data(config.data, config.model.length, config.eval.split)
+    dataset = open_eval_data(config, in_training=False)
     run, first = open_run(config, workdir, dataset, step), jax.process_index() == 0
     result, *others = (
         evaluate_params(run.lm, run.params, dataset, settings, sharding=run.split, progress=first)

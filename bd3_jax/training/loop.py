@@ -20,15 +20,16 @@ from tqdm import tqdm
 
 from bd3_jax import sharding
 from bd3_jax.checkpoints import run_folder
-from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, summarize
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, read_position, summarize
 from bd3_jax.config import Config
 from bd3_jax.data.manifest import FILE_NAME as MANIFEST
 from bd3_jax.data.manifest import load_manifest
-from bd3_jax.data.pipeline import Dataset, open_data, train_batches
+from bd3_jax.data.pipeline import Dataset, open_data, open_eval_data, train_batches
 from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
 from bd3_jax.folders import alone, require_writable, writing
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.metrics import read_metrics
 from bd3_jax.training.initial import open_initial
 from bd3_jax.training.logging import MetricLog, require_wandb
 from bd3_jax.training.replay import STATUS, InFlight, Step, save_failed
@@ -72,7 +73,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
 
     # ---------------------------------------------------------------------------------------------------- data
     dataset = open_data(config.data, config.model.length, "train")
-    validation = open_data(config.data, config.model.length, config.eval.split)
+    validation = open_eval_data(config, in_training=True)
     stream: Any = None  # where rows are streamed, an iterator that carries its own position
     if isinstance(dataset, Stream):
         stream = stream_batches(dataset, training.batch_size, config.seed, part, parts)
@@ -82,7 +83,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
             _check_data(dataset, workdir)
         run_folder.check_continues(config, workdir)
         newest = summarize(workdir).step
-        if newest >= num_steps:
+        if newest > num_steps or (newest == num_steps and _is_measured(workdir, newest)):
             _say(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
         _tell_rate(config, workdir, newest)
@@ -232,6 +233,13 @@ def _train(config: Config, workdir: epath.Path) -> None:
 def _say(text: str) -> None:
     if jax.process_index() == 0:
         print(text)
+
+
+def _is_measured(workdir: epath.Path, step: int) -> bool:
+    """Whether the validation after the last step is done. One that was stopped is made up for, and only recorded."""
+    position = read_position(workdir, step)
+    recorded = (record["step"] for record in read_metrics(workdir) if "eval/split" in record)
+    return position is None or position["measured"] >= step or step in recorded
 
 
 def _summary(steps: list[dict[str, Array | float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the launch scripts share: their flags, checks of them, and --dry-run."""
+"""What the launch scripts share: their flags, checks of them, --check and --dry-run."""
 
 import argparse
 import re
@@ -7,12 +7,22 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+# Accelerator type -> the shape in which Cloud TPU builds such a slice. v5p counts cores, two to a chip.
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8"}
+TOPOLOGIES = {
+    **{f"v5litepod-{chips}": f"v5e:{shape}" for chips, shape in _FLAT.items()},
+    **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
+    **{f"v5p-{cores}": f"v5p:{shape}" for cores, shape in _CUBES.items()},
+}
+
 
 def parser(usage: str | None) -> argparse.ArgumentParser:
-    """With --dry-run; what it does not know goes to `bd3 train`."""
+    """With --check and --dry-run; what it does not know goes to `bd3 train`."""
     made = argparse.ArgumentParser(
         description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    made.add_argument("--check", action="store_true", help="first compile for that machine; go on only if it fits")
     made.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
     return made
 
@@ -38,6 +48,17 @@ def require_bucket(made: argparse.ArgumentParser, train: Sequence[str]) -> None:
     workdir = value(train, "workdir")
     if not workdir.startswith("gs://"):
         made.error(f"--workdir is {workdir!r}; allowed: gs://..., which all hosts can write")
+
+
+def check(
+    made: argparse.ArgumentParser, own: argparse.Namespace, train: Sequence[str], topology: str | None
+) -> list[list[str]]:
+    """With --check, the command that compiles the config for `topology` and fails where it does not fit; else none."""
+    if own.check and not topology:
+        made.error(f"--check knows no such machine; allowed: {', '.join(TOPOLOGIES)}")
+    settings = [flag for flag in train if re.match(r"--(no)?config[.=]", flag)]
+    compiling = [sys.executable, "-m", "bd3_jax.cli", "compile", *settings, f"--topology={topology}"]
+    return [compiling] if own.check else []
 
 
 def run(commands: Sequence[Sequence[str]], dry_run: bool) -> int:

@@ -6,6 +6,9 @@ python experiments/launch/gke.py --cluster=NAME --zone=ZONE --project=PROJECT --
 IMAGE holds bd3_jax, installed with the extras tpu and gcs. Of several slices (--slices), each has whole copies of the
 parameters: config.mesh.data is a multiple of their number. Preempted, a workload restarts --restarts times by itself,
 since bd3 train ends with status 143.
+
+--check first compiles the config for a slice, here v5e:4x4, which is what configs/lm1b.py is made for; where it does
+not fit, nothing is started. That takes the extra tpu on this machine.
 """
 
 import re
@@ -40,7 +43,11 @@ def main(argv: Sequence[str]) -> int:
         f"--tpu-type={own.tpu_type}", f"--num-slices={own.slices}", f"--max-restarts={own.restarts}",
         f"--docker-image={own.image}", f"--command=bd3 train {shlex.join(train)}",
     ]  # fmt: skip
-    return command.run([workload], own.dry_run)
+    topology = command.TOPOLOGIES.get(own.tpu_type)
+    if topology and own.slices > 1:
+        topology = f"{own.slices}x{topology}"
+    check = command.check(made, own, train, topology)
+    return command.run([*check, workload], own.dry_run)
 
 
 if __name__ == "__main__":

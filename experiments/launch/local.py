@@ -2,7 +2,8 @@
 
 python experiments/launch/local.py --processes=2 --config=configs/quickstart.py:bd3lm,block_size=8 --workdir=runs/two
 
-On a CPU they speak through gloo. Ends with the highest status of the processes.
+On a CPU they speak through gloo. Ends with the highest status of the processes. --check first compiles the config for
+cpu:2, or as many as --processes says; where it does not fit, nothing is started.
 """
 
 import os
@@ -56,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     own, train = command.parse(made, argv)
     if not 1 <= own.processes <= 64:
         made.error(f"--processes is {own.processes}; allowed: 1 to 64")
+    if status := command.run(command.check(made, own, train, f"cpu:{own.processes}"), own.dry_run):
+        return status
     if own.dry_run:
         for index in range(own.processes):
             settings = [

@@ -2,7 +2,8 @@
 
 python experiments/launch/multi_gpu.py --gpus=8 --fsdp=1 --config=configs/lm1b.py:mdlm --workdir=runs/lm1b-mdlm
 
---fsdp GPUs split parameters and optimiser, for models that do not fit into one; the rows are split over all.
+--fsdp GPUs split parameters and optimiser, for models that do not fit into one; the rows are split over all. --check
+first compiles the config for h100:8, or as many as --gpus says; where it does not fit, nothing is started.
 """
 
 import subprocess
@@ -24,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     if not own.dry_run and (found := count_gpus()) != own.gpus:
         made.error(f"--gpus is {own.gpus}, but nvidia-smi lists {found}; CUDA_VISIBLE_DEVICES chooses among them")
     mesh = [f"--config.mesh.data={own.gpus // own.fsdp}", f"--config.mesh.fsdp={own.fsdp}"]
-    return command.run([[sys.executable, "-m", "bd3_jax.cli", "train", *train, *mesh]], own.dry_run)
+    check = command.check(made, own, [*train, *mesh], f"h100:{own.gpus}")
+    return command.run([*check, [sys.executable, "-m", "bd3_jax.cli", "train", *train, *mesh]], own.dry_run)
 
 
 def count_gpus() -> int:

@@ -4,6 +4,8 @@ python experiments/launch/slurm.py --nodes=2 --gpus=8 --time=24:00:00 \
     --config=configs/lm1b.py:mdlm --workdir=/shared/runs/lm1b-mdlm
 
 The workdir lies where all nodes see it. Two minutes before its time is over the job is told, saves and is queued again.
+--check first compiles the config for h100:16, or all GPUs together, as if they were of one NVLink domain; where it does
+not fit, nothing is queued.
 """
 
 import re
@@ -49,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
         made.error(f"--time is {own.time!r}; allowed: as 90, 24:00:00 or 7-00:00:00")
     if not re.fullmatch(r"[\w.-]+", own.name) or not re.fullmatch(r"[\w.,-]*", own.partition):
         made.error("--name and --partition are words")
+    check = command.check(made, own, train, f"h100:{own.nodes * own.gpus}")
+    if status := command.run(check, own.dry_run):
+        return status
     text = SCRIPT.format(
         name=own.name, nodes=own.nodes, gpus=own.gpus, cpus=own.cpus, time=own.time,
         partition=f"#SBATCH --partition={own.partition}\n" if own.partition else "",

@@ -5,6 +5,9 @@ python experiments/launch/tpu_pod.py --tpu=NAME --zone=ZONE --create=v5litepod-1
 
 --create makes the slice first, as a spot one with --spot. --install copies the last commit to every worker and installs
 it. Without both, the slice is there and ready. A preempted run goes on when the same command is run again.
+
+--check first compiles the config for the slice that --create names, here v5e:4x4, which is what configs/lm1b.py is made
+for; where it does not fit, nothing is started. That takes the extra tpu on this machine.
 """
 
 import re
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     def everywhere(text: str) -> list[str]:
         return [*tpu, "ssh", *place, "--worker=all", f"--command={text}"]
 
-    commands = []
+    commands = command.check(made, own, train, command.TOPOLOGIES.get(own.create))
     if kind:
         version = f"--version={RUNTIMES[kind[1]]}"
         spot = ["--spot"] if own.spot else []

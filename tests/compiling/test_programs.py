@@ -117,14 +117,23 @@ def test_the_table_agrees_with_the_tokenizers(name):
 
 @pytest.mark.parametrize(
     ("text", "name", "size"),
-    [("v5e:16x16", "v5e", 256), ("v5p:2x2x1", "v5p", 4), ("h100:8", "h100", 8), ("cpu:2", "cpu", 2)],
+    [
+        ("v5e:16x16", "v5e", 256),
+        ("v5p:2x2x1", "v5p", 4),
+        ("h100:8", "h100", 8),
+        ("cpu:2", "cpu", 2),
+        ("2xv5e:4x4", "v5e", 32),
+    ],
 )
 def test_topologies(text, name, size):
     target = targets.parse(text)
     assert (target.name, target.size) == (name, size)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v5e:", "v5e:0x4", "v5e:2x2x2x2", "a100:8", "v5e:2 x2", "v5e:-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["v5e", "v5e:", "v5e:0x4", "v5e:2x2x2x2", "a100:8", "v5e:2 x2", "v5e:-1", "2xh100:8", "0xv5e:2x2", "2xcpu:2"],
+)
 def test_no_topologies(text):
     with pytest.raises(UserError, match="CHIP:SHAPE"):
         targets.parse(text)

@@ -32,6 +32,17 @@ def compile_tiny(tmp_path):
     return compile_with
 
 
+def test_two_slices_exchange_gradients_alone(compile_tiny):
+    """Within a slice parameters are split over four chips; what goes between slices is among pairs."""
+    status, report = compile_tiny(
+        "--topology=2xv5e:2x2", "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.training.batch_size=8"
+    )
+    assert status == 0
+    assert report.chips == 8
+    assert {c.group for c in report.collectives} <= {2, 4, 8}
+    assert any(c.kind == "all-gather" and c.group == 4 for c in report.collectives)
+
+
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_a_small_model_fits_every_chip(compile_tiny, topology):
     status, report = compile_tiny(f"--topology={topology}")

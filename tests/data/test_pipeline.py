@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_jax.data.pipeline import eval_batches, open_dataset, train_batches
+from bd3_jax.data.pipeline import eval_batches, open_dataset, open_eval_data, train_batches, without_special
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
 
@@ -184,3 +184,31 @@ def test_a_split_without_rows(data, tmp_path, capsys):
     open_dataset(data, 16, "train")
     with pytest.raises(UserError, match=r"split 'validation' of .* has 7 tokens, too few for a row of 16"):
         open_dataset(data, 16, "validation")
+
+
+@pytest.mark.parametrize(("special", "eos"), [(False, True), (True, True), (True, False)])
+def test_rows_without_special_tokens_are_those_prepared_without(data, tmp_path, special, eos):
+    data = dataclasses.replace(data, tokenizer="bytes", insert_special=special, insert_eos=eos)
+    plain = dataclasses.replace(data, insert_special=False, insert_eos=False, directory=str(tmp_path / "plain"))
+    for each in (data, plain):
+        prepare(each, 16)
+    rows, wanted = (open_dataset(each, 16, "validation") for each in (data, plain))
+    found = without_special(rows, 0)
+    assert len(wanted) - 1 <= len(found) <= len(wanted)  # what filled no row is not there to be cut anew
+    np.testing.assert_array_equal(found.read(range(len(found))), wanted.read(range(len(found))))
+    assert found.settings == dataclasses.replace(wanted.settings, source=found.settings.source)
+    assert (rows.settings.insert_special, rows.settings.insert_eos) == (special, eos)
+    few = without_special(rows, 5)
+    np.testing.assert_array_equal(few.read(range(len(few))), wanted.read(range(5)))
+    assert without_special(wanted, 5) is wanted
+
+
+@pytest.mark.parametrize("mode", ["prepared", "streaming"])
+def test_which_evaluations_go_without_special_tokens(tiny_config, mode):
+    for when, plain in (("never", (False, False)), ("training", (True, False)), ("always", (True, True))):
+        config = tiny_config("ar", **{"eval.without_special": when, "data.mode": mode})
+        for in_training, without in zip((True, False), plain, strict=True):
+            rows = open_eval_data(config, in_training)
+            read = np.concatenate([batch for batch, _ in eval_batches(rows, 8, 0)])
+            assert (rows.tokenizer.ids.eos in read) != without
+            assert rows.settings.insert_eos != without

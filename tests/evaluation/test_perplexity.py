@@ -21,8 +21,9 @@ from bd3_jax.sharding import batch_sharding, make_mesh
 
 def settings(**changes):
     base = EvalConfig(
-        "validation", batch_size=4, num_batches=0, estimator="monte_carlo", both_estimators=False, seed=0, weights="ema"
-    )
+        "validation", batch_size=4, num_batches=0, estimator="monte_carlo", without_special="never",
+        both_estimators=False, seed=0, weights="ema",
+    )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark and the report on absent chips, on models that take seconds."""
+"""The benchmark, on models that take seconds."""
 
 import json
 import os
@@ -17,18 +17,6 @@ def test_a_setting_that_is_not_there(script):
     with pytest.raises(UserError, match=r"--set=model\.depth=3"):
         script("benchmark").configure("ar", ["model.depth=3"])
     assert script("benchmark").configure("bd3lm", ["model.width=64", "model.dropout=0"]).model.width == 64
-
-
-def test_the_yardstick_is_a_setting_that_is_allowed(script, tmp_path, monkeypatch):
-    report, asked = script("compile_report"), []
-    monkeypatch.setattr(report, "describe", lambda cell: cell | {"failure": "not tried", "config": asked.append(cell)})
-    report.main(
-        ["--baseline", "--topologies=cpu:2", "--sizes=tiny", "--models=ar", f"--json={tmp_path / 'cells.json'}"]
-    )
-    (cell,) = asked
-    config = report.configure(cell["model"], cell["size"], 4, cell["topology"], cell["overrides"])
-    assert (config.model.attention, config.model.scan_unroll) == ("dense", 8)
-    assert config.model.max_logits > 4 * 1024 * 50258
 
 
 @pytest.mark.slow
@@ -50,18 +38,3 @@ def test_benchmark_on_two_devices(tmp_path):
     assert train["flops"] > 2 * evaluation["flops"]  # the backward pass is two more products for each
     assert train["peak_fraction"] == pytest.approx(train["flops"] / train["step_seconds"] / record["matmul_peak"])
     assert done.stdout.count("| bd3lm |") == 3
-
-
-@pytest.mark.slow
-def test_compile_report_goes_on_where_it_was(script, tmp_path, monkeypatch):
-    file = tmp_path / "cells.json"
-    flags = [f"--set={name}={value}" for name, value in TINY.items()]
-    args = ["--topologies=cpu:2", "--sizes=tiny", "--models=ar", "--rows=2", f"--json={file}", *flags]
-    report = script("compile_report")
-    report.main(args)
-    (record,) = json.loads(file.read_text())
-    assert record["report"]["fits"]
-    assert record["report"]["rows"] == 4
-    assert "| cpu:2 | tiny | ar | 2 |" in file.with_suffix(".md").read_text()
-    monkeypatch.setattr(report, "compile_for", None)  # what is in the file is not compiled again
-    report.main(args)

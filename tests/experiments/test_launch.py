@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from bd3_jax.compiling import targets
+from bd3_jax.configs import lm1b
+from tests.compiling.test_run import TINY
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "launch"))
+from command import TOPOLOGIES
+
 LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"
 TRAIN = ["--config=configs/lm1b.py:mdlm", "--workdir=gs://b/run"]
 # Script -> flags with which it runs.
@@ -52,6 +59,50 @@ def test_a_dry_run_prints_the_training_and_runs_nothing(launch, name):
     assert "train --config=configs/lm1b.py:mdlm --workdir=gs://b/run --config.seed=3" in trained
 
 
+MACHINES = {
+    "tpu_pod": (["--create=v5litepod-16"], "v5e:4x4"),
+    "gke": ([], "v5e:4x4"),
+    "slurm": ([], "h100:16"),
+    "multi_gpu": ([], "h100:4"),
+    "local": ([], "cpu:2"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_check_comes_first_and_is_of_that_machine(launch, name):
+    flags, topology = MACHINES[name]
+    ended, calls = launch(name, "--dry-run", "--check", *SCRIPTS[name], *flags, *TRAIN, "--config.seed=3")
+    assert (ended.returncode, calls) == (0, [])
+    first = shlex.split(ended.stdout.splitlines()[0])
+    assert first[1:6] == ["-m", "bd3_jax.cli", "compile", TRAIN[0], "--config.seed=3"]
+    assert first[-1] == f"--topology={topology}"
+    assert not any(flag.startswith("--workdir") for flag in first)
+
+
+@pytest.mark.parametrize("name", ["tpu_pod", "gke"])
+def test_a_pod_is_the_machine_that_the_config_is_made_for(name):
+    assert f"here {lm1b.TOPOLOGY}" in (LAUNCH / f"{name}.py").read_text()
+    for kind, topology in TOPOLOGIES.items():
+        chip, count = kind.split("-")
+        assert targets.parse(topology).size == int(count) // (2 if chip == "v5p" else 1)  # which counts cores
+
+
+@pytest.mark.slow
+def test_a_config_that_does_not_fit_is_not_started(launch, tmp_path):
+    """2^28 rows, compiled for two devices; a training would ask for prepared rows, with status 2."""
+    config = f"--config={tmp_path / 'tiny.py'}:ar"
+    (tmp_path / "tiny.py").write_text(TINY)
+    flags = [config, f"--workdir={tmp_path / 'run'}"]
+    ended, _ = launch("local", "--check", *SCRIPTS["local"], *flags, "--config.training.batch_size=268435456")
+    assert ended.returncode == 1
+    assert "DOES NOT FIT" in ended.stdout
+    assert "ended with status 1" in ended.stderr
+    ended, _ = launch("local", "--check", *SCRIPTS["local"], *flags)
+    assert "train on cpu:2: fits" in ended.stdout
+    assert "where nothing is prepared" in ended.stderr
+    assert ended.returncode == 2
+
+
 def test_what_a_pod_is_told(launch):
     ended, calls = launch("tpu_pod", *SCRIPTS["tpu_pod"], "--create=v5litepod-16", "--spot", "--install", *TRAIN)
     assert ended.returncode == 0, ended.stderr
@@ -76,6 +127,8 @@ MISTAKES = [
     ("tpu_pod", [*SCRIPTS["tpu_pod"], TRAIN[0], "--workdir=runs/a"], "--workdir is 'runs/a'; allowed: gs://"),
     ("tpu_pod", [*SCRIPTS["tpu_pod"], *TRAIN, "--create=v9-4"], "--create is 'v9-4'; allowed: v4-CHIPS"),
     ("tpu_pod", [*SCRIPTS["tpu_pod"], *TRAIN, "--spot"], "--spot is for --create"),
+    ("tpu_pod", [*SCRIPTS["tpu_pod"], *TRAIN, "--check"], "--check knows no such machine; allowed: v5litepod-4"),
+    ("tpu_pod", [*SCRIPTS["tpu_pod"], *TRAIN, "--create=v4-8", "--check"], "--check knows no such machine"),
     ("gke", [*SCRIPTS["gke"][:-1], "--tpu-type=h100", *TRAIN], "--tpu-type is 'h100'"),
     ("gke", [*SCRIPTS["gke"], *TRAIN, "--name=Big"], "--name is 'Big'"),
     ("gke", [*SCRIPTS["gke"], *TRAIN, "--config.training.sigterm_status=0"], "would tell Kubernetes"),

@@ -1,4 +1,4 @@
-"""Run by test_meshes.py with 8 devices: eight_devices.py FOLDER MESH... prints what each mesh computes, as JSON.
+"""Run by test_meshes.py with 8 devices: eight_devices.py FOLDER STEPS MESH... prints what each mesh computes, as JSON.
 
 A mesh of fewer devices than there are takes the first of them.
 """
@@ -21,16 +21,14 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.training.state import init_state, make_optimizer, shard_state
 from bd3_jax.training.update import make_update
 
-STEPS = 4
 
-
-def main(folder: epath.Path, meshes: list[str]) -> None:
+def main(folder: epath.Path, steps: int, meshes: list[str]) -> None:
     config = read_config(folder)
     dataset = open_dataset(config.data, config.model.length, "train")
-    print(json.dumps({name: run(config, dataset, name) for name in meshes}))
+    print(json.dumps({name: run(config, dataset, steps, name) for name in meshes}))
 
 
-def run(config, dataset, name):
+def run(config, dataset, steps, name):
     shape = MeshConfig(*(int(size) for size in name.split("x")))
     if shape.data * shape.fsdp * shape.tensor == 1:
         devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
@@ -38,7 +36,7 @@ def run(config, dataset, name):
     else:
         mesh = sharding.make_mesh(shape)
     model = LanguageModel.from_config(config, dataset.tokenizer.ids, sharding.batch_shards(mesh))
-    optimizer = make_optimizer(config.optimizer, STEPS)
+    optimizer = make_optimizer(config.optimizer, steps)
     init = functools.partial(init_state, model.network, optimizer, config, jax.random.key(1))
     abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
@@ -60,7 +58,7 @@ def run(config, dataset, name):
     update = jax.jit(make_update(model, optimizer, config, rows), donate_argnums=0, out_shardings=(shardings, None))
     update, losses = update.lower(state, batch).compile(), []
     memory = update.memory_analysis()
-    for step in range(STEPS):
+    for step in range(steps):
         state, metrics = update(state, batch)
         losses.append(float(metrics["train/loss"]))
         batch = global_batch()
@@ -78,4 +76,4 @@ def shard(array):
 
 
 if __name__ == "__main__":
-    main(epath.Path(sys.argv[1]), sys.argv[2:])
+    main(epath.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

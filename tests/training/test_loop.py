@@ -117,7 +117,7 @@ def test_every_objective_continues_exactly(tiny_config, tmp_path, monkeypatch, s
 
 SEARCH = {
     "search.enabled": True, "search.num_batches": 1, "search.batch_size": 8, "search.widths": (0.9,),
-    "noise.resample": True, "training.microbatches": 2, "training.sample_every": 2,
+    "noise.resample": True, "training.microbatches": 2, "training.sample_every": 2, "eval.without_special": "training",
 }  # fmt: skip
 
 
@@ -133,9 +133,9 @@ def stopped_validation(at):
     return read
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monkeypatch, at):
-    """At step 0 or 2, twice; the run continues exactly, with accumulation, the search and samples."""
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monkeypatch, files_in, at):
+    """At step 0, 2 or the last, 4, twice; the run continues exactly, with accumulation, the search and samples."""
     config = tiny_config("bd3lm,block_size=4", **SEARCH, **{"training.num_steps": 4, "training.eval_every": 2})
     for call in (at, 1):
         with monkeypatch.context() as patch:
@@ -149,6 +149,7 @@ def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monke
     found, wanted = (records(tmp_path / name) for name in ("stopped", "whole"))
     assert found == wanted
     assert [step for step, name in found if name == "samples/text"] == [2, 4]
+    assert not found[4, "eval/insert_eos"]
     for step in (0, 2):  # the chosen interval is used from the next step on
         chosen = (found[step, "search/low"], found[step, "search/high"])
         used = (found[step + 1, "train/interval_low"], found[step + 1, "train/interval_high"])
@@ -156,6 +157,9 @@ def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monke
         table = found[step, "search/candidates"]
         assert min(table, key=lambda row: row[2])[:2] == list(chosen)
     assert orbax.summarize(epath.Path(tmp_path / "whole")).low == pytest.approx(found[4, "search/low"])
+    left = files_in(tmp_path / "stopped")
+    train(config, epath.Path(tmp_path / "stopped"))
+    assert files_in(tmp_path / "stopped") == left
 
 
 def test_the_status_after_sigterm_is_a_setting(tiny_config, tmp_path, monkeypatch):

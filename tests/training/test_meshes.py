@@ -15,7 +15,7 @@ from bd3_jax.metrics import read_metrics
 from bd3_jax.training.loop import train
 
 MESHES = ("1x1x1", "8x1x1", "2x4x1", "1x8x1", "2x2x2")
-
+OTHERS = ("1x1x8", "1x2x4", "1x4x2", "2x1x4", "4x1x2", "4x2x1")  # whose product is 8, too
 
 # Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
 LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "training.microbatches": 2}
@@ -31,17 +31,34 @@ def run_script(name: str, *args: str) -> str:
     return ended.stdout
 
 
+def run_meshes(tiny_config, folder, steps, meshes) -> dict:
+    """What tests/training/eight_devices.py finds for every mesh."""
+    run_folder.write_config(tiny_config("bd3lm,block_size=4", **LARGE, **{"optimizer.clip_norm": 1e6}), folder)
+    return json.loads(run_script("eight_devices.py", str(folder), str(steps), *meshes).splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_config, tmp_path_factory) -> dict:
-    """What tests/training/eight_devices.py found for every mesh."""
-    folder = tmp_path_factory.mktemp("eight")
-    run_folder.write_config(tiny_config("bd3lm,block_size=4", **LARGE, **{"optimizer.clip_norm": 1e6}), folder)
-    return json.loads(run_script("eight_devices.py", str(folder), *MESHES).splitlines()[-1])
+    return run_meshes(tiny_config, tmp_path_factory.mktemp("eight"), 4, MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_meshes_agree(runs, mesh):
-    one, other = runs["1x1x1"], runs[mesh]
+    assert_agree(runs["1x1x1"], runs[mesh])
+
+
+@pytest.mark.slow
+def test_all_meshes_agree_over_20_steps(tiny_config, tmp_path):
+    found = run_meshes(tiny_config, tmp_path, 20, MESHES + OTHERS)
+    one = found["1x1x1"]
+    assert len(one["losses"]) == 20
+    assert one["losses"][-1] < one["losses"][0] - 0.1
+    for mesh in MESHES[1:] + OTHERS:
+        assert_agree(one, found[mesh])
+
+
+def assert_agree(one: dict, other: dict) -> None:
+    """The first gradient to 1e-5 of the largest of its array, every loss to 1e-4."""
     assert one["grads"].keys() == other["grads"].keys()
     for name, gradient in one["grads"].items():
         scale = np.abs(gradient).max()

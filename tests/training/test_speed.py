@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bd3_jax.compiling import targets
 from bd3_jax.config import from_config_dict
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.special_ids import SpecialIds
@@ -79,11 +80,12 @@ def parameters(config, vocab_size):
 def test_a_recipe_is_what_its_table_says(name):
     """Every row: it traces for a mesh, nothing allocated; its parameters, FLOPs per token and chip-hours."""
     module, vocab_size = importlib.import_module(f"bd3_jax.configs.{name}"), VOCABULARIES[name]
-    rows = re.findall(r"^\| (\S+) \|.* ([\d.]+) G \| (\d+) \|$", module.__doc__, re.MULTILINE)
+    rows = re.findall(r"^\| (\S+) \|.* ([\d.]+) M \| ([\d.]+) G \| (\d+) \|$", module.__doc__, re.MULTILINE)
     assert [row[0].split(",")[0] for row in rows] == ["ar", "mdlm", "sedd", *["bd3lm"] * 4]
     ids = SpecialIds(bos=0, eos=0, mask=vocab_size - 1, vocab_size=vocab_size)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    for string, giga, hours in rows:
+    assert f"--topology={module.TOPOLOGY}" in module.__doc__
+    for string, mega, giga, hours in rows:
         config = from_config_dict(module.get_config(string))
         lm = LanguageModel.from_config(config, ids)
         tokens = config.training.num_steps * config.training.batch_size * lm.length
@@ -92,6 +94,8 @@ def test_a_recipe_is_what_its_table_says(name):
         program = make_program(lm, config, mesh)
         shapes = [leaf.shape for leaf in jax.tree.leaves(program.abstract.params)]
         assert sum(map(math.prod, shapes)) == parameters(config, vocab_size)
+        assert float(mega) == pytest.approx(parameters(config, vocab_size) / 1e6, abs=0.05)
+        assert config.training.batch_size % targets.parse(module.TOPOLOGY).size == 0
         assert config.search.enabled == (string.startswith("bd3lm") and config.block_size < lm.length)
 
 

@@ -1,0 +1,94 @@
+"""The recorded experiments on models that take seconds, against other ways to the same figures."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from bd3_jax.checkpoints.orbax import restore_params
+from bd3_jax.data.pipeline import open_dataset, train_batches
+from bd3_jax.evaluation.interval_search import block_variance
+from bd3_jax.evaluation.perplexity import evaluate_params
+from bd3_jax.language_model import LanguageModel
+
+pytestmark = pytest.mark.slow
+SMALL = {
+    "training.num_steps": 4, "training.eval_every": 2, "training.checkpoint_every": 4, "model.dropout": 0.0,
+    "noise.resample": True, "search.enabled": True, "search.num_batches": 1, "search.batch_size": 8,
+    "search.widths": (0.5,),
+}  # fmt: skip
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_variances_of_a_trained_model(script, tiny_config, tmp_path, monkeypatch):
+    """By the function of the search, and by evaluations."""
+    config, intervals = tiny_config("bd3lm,block_size=4", **SMALL), script("interval_variance")
+    monkeypatch.setattr(intervals, "BLOCK_SIZES", (4,))
+    monkeypatch.setattr(intervals, "settings", lambda block_size, steps: config)
+    argv = ["--steps=4", "--batches=3", f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'intervals'}"]
+    with contextlib.suppress(SystemExit):  # which interval is best for a model of four steps is chance
+        intervals.main(argv)
+    (cell,) = results(tmp_path / "intervals")
+    workdir = epath.Path(tmp_path / "runs" / "block-4-steps-4")
+    dataset = open_dataset(config.data, config.model.length, "train")
+    model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    params, _ = restore_params(config, workdir, "ema")
+    unread = train_batches(dataset, 8, config.seed, 4 * 8, 0, 1)
+    batches = [next(unread) for _ in range(3)]
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(1), index))[0] for index in range(3)]
+    score = jax.jit(lambda *args: block_variance(model, params, *args))
+    for name, interval in {"U[0, 1]": (1e-3, 1.0), "U[.3, .8]": (0.3, 0.8)}.items():
+        bounds = [jnp.float32(bound) for bound in interval]
+        wanted = [score(rows, jnp.ones(8, bool), key, *bounds) for rows, key in zip(batches, keys, strict=True)]
+        found = cell["figures"]["intervals"][name]["block_variance"]
+        assert found == pytest.approx(float(np.mean(wanted)), rel=1e-4)
+    assert (tmp_path / "intervals" / "interval_variance.png").stat().st_size > 1000
+    assert "| 4 | U[" in (tmp_path / "intervals" / "table.md").read_text()
+
+    estimators = script("estimator_variance")
+    estimators.main([f"--workdirs={workdir}", "--batches=1", "--draws=40", f"--out={tmp_path / 'estimators'}"])
+    (cell,) = results(tmp_path / "estimators")
+    validation = open_dataset(config.data, config.model.length, "validation")
+    for name, figures in cell["figures"]["estimators"].items():
+        settings = [dataclasses.replace(config.eval, estimator=name, seed=seed) for seed in range(100, 140)]
+        nlls = [evaluate_params(model, params, validation, each, 1).nll for each in settings]
+        noise = np.hypot(figures["standard_error"], np.std(nlls) / 40**0.5)
+        assert abs(np.mean(nlls) - figures["nll"]) < 4 * noise
+        assert 0.4 < np.var(nlls, ddof=1) / figures["variance"] < 2.5  # of 39 degrees of freedom each
+    assert cell["figures"]["ratio"] > 1.5
+
+
+def test_steps_by_setting(script, tmp_path, monkeypatch):
+    steps = script("step_settings")
+    monkeypatch.setattr(steps, "ROWS", ({}, {"training.microbatches": 4}, {"model.remat": "full"}))
+    small = {"model.length": 64, "model.width": 32, "model.num_layers": 2, "model.num_heads": 2, "model.cond_dim": 8}
+    sets = [f"--set={name}={value}" for name, value in small.items()]
+    steps.main([*sets, "--steps=2", "--vocab_size=20", f"--out={tmp_path}"])
+    first, parts, remat = (cell["figures"] for cell in results(tmp_path))
+    assert parts["temporaries"] < 0.7 * first["temporaries"]
+    assert parts["flops"] == pytest.approx(first["flops"])
+    assert remat["flops"] > first["flops"]
+    assert all(figures["step_seconds"] > 0 for figures in (first, parts, remat))
+
+
+def test_three_random_kills(script, tiny_config, tmp_path, monkeypatch):
+    """The third comes while the process starts, for all that is known."""
+    kills, data = script("random_kills"), tiny_config("ar").data
+    for name, value in {"corpus": "files", "tokenizer": "bytes", "source": data.source}.items():
+        monkeypatch.setitem(kills.SETTINGS, f"data.{name}", value)
+    monkeypatch.setitem(kills.SETTINGS, "data.directory", data.directory)
+    kills.main(["--kills=3", f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'kills'}"])
+    *each, end = (cell["figures"] for cell in results(tmp_path / "kills"))
+    assert len(each) == 3
+    assert all(kill["holds"] for kill in each)
+    assert all(kill["readable"] for kill in each)
+    assert end["records_equal"]
+    assert end["parameters_equal"]
