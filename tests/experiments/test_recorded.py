@@ -54,16 +54,39 @@ def test_variances_of_a_trained_model(script, tiny_config, tmp_path, monkeypatch
     assert "| 4 | U[" in (tmp_path / "intervals" / "table.md").read_text()
 
     estimators = script("estimator_variance")
-    estimators.main([f"--workdirs={workdir}", "--batches=1", "--draws=40", f"--out={tmp_path / 'estimators'}"])
+    estimators.main([f"--workdirs={workdir}", "--batches=2", "--draws=40", f"--out={tmp_path / 'estimators'}"])
     (cell,) = results(tmp_path / "estimators")
     validation = open_dataset(config.data, config.model.length, "validation")
     for name, figures in cell["figures"]["estimators"].items():
         settings = [dataclasses.replace(config.eval, estimator=name, seed=seed) for seed in range(100, 140)]
-        nlls = [evaluate_params(model, params, validation, each, 1).nll for each in settings]
+        nlls = [evaluate_params(model, params, validation, each, 2).nll for each in settings]
         noise = np.hypot(figures["standard_error"], np.std(nlls) / 40**0.5)
         assert abs(np.mean(nlls) - figures["nll"]) < 4 * noise
-        assert 0.4 < np.var(nlls, ddof=1) / figures["variance"] < 2.5  # of 39 degrees of freedom each
+        assert 0.4 < 2 * np.var(nlls, ddof=1) / figures["variance"] < 2.5  # of 39 degrees of freedom or more
     assert cell["figures"]["ratio"] > 1.5
+
+    script("noise_copies").main([f"--workdir={workdir}", "--batches=2", f"--out={tmp_path / 'copies'}"])
+    (cell,) = results(tmp_path / "copies")
+    pairs, found = train_batches(dataset, 16, config.seed + 1, 0, 0, 1), []
+    gradient = jax.jit(jax.grad(lambda *args: dataclasses.replace(model, noise_copies=2).training_loss(*args)[0]))
+    for index in range(3):
+        rows, keys = next(pairs), jax.random.split(jax.random.fold_in(jax.random.key(1), index))
+        both = [gradient(params, part, key, 1e-3, 1.0) for part, key in zip(np.split(rows, 2), keys, strict=True)]
+        pair = np.stack([np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)]) for each in both])
+        found.append(pair.var(axis=0, ddof=1).sum())
+    assert cell["figures"]["2"]["variance"] == pytest.approx(np.mean(found[1:]), rel=1e-3)
+    assert cell["figures"]["2"]["variance"] < cell["figures"]["1"]["variance"]
+    assert (tmp_path / "copies" / "noise_copies.png").stat().st_size > 1000
+
+
+def test_attention_by_length(script, tmp_path, monkeypatch):
+    lengths = script("attention_length")
+    monkeypatch.setattr(lengths, "memory", lambda: 2**22)  # bytes
+    lengths.main(["--lengths=64,512", "--runs=1", f"--out={tmp_path}"])
+    small, _, large, _ = (cell["figures"] for cell in results(tmp_path))
+    assert small["seconds"] > 0
+    assert large["temporaries"] > 30 * small["temporaries"]  # of the plain form: quadratic in L
+    assert "does not fit" in (tmp_path / "table.md").read_text()
 
 
 def test_steps_by_setting(script, tmp_path, monkeypatch):
