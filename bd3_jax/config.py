@@ -16,7 +16,7 @@ from bd3_jax.errors import UserError, require_text
 
 Objective = Literal["ar", "mdlm", "sedd", "bd3lm"]
 ScheduleName = Literal["loglinear", "square", "square_root", "log", "cosine", "scaled_loglinear"]
-Estimator = Literal["monte_carlo", "low_variance"]
+Estimator = Literal["monte_carlo", "low_variance", "left_to_right", "most_confident"]
 SamplerName = Literal[
     "first_hitting", "ancestral", "confidence", "threshold", "entropy_bounded", "remasking",
     "analytic", "autoregressive",
@@ -305,11 +305,11 @@ def _check(c: Config) -> None:
 
     at_least(1, "eval.batch_size")
     at_least(0, "eval.num_batches")
-    if c.objective != "ar" and c.eval.estimator == "low_variance":
-        # It needs a network that is not conditioned on time, and its mean is that of the loglinear schedule.
+    if c.objective != "ar" and c.eval.estimator != "monte_carlo":
+        # It needs a network that is not conditioned on time; the mean of low_variance is the loglinear schedule's.
         masked = c.objective in ("mdlm", "bd3lm")
         require(masked, "eval.estimator", c.eval.estimator, f"monte_carlo for objective {c.objective}")
-        plain = n.schedule != "scaled_loglinear"
+        plain = n.schedule != "scaled_loglinear" or c.eval.estimator != "low_variance"
         require(plain, "eval.estimator", c.eval.estimator, f"monte_carlo with noise.schedule {n.schedule}")
 
     s = c.sampling

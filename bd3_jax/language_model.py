@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import Config, NoiseConfig
-from bd3_jax.diffusion import likelihood
+from bd3_jax.diffusion import likelihood, orders
 from bd3_jax.diffusion.output_loss import Chunks, Output
 from bd3_jax.models.transformer import Network, Params
 from bd3_jax.special_ids import SpecialIds
@@ -123,19 +123,31 @@ class LanguageModel:
     ) -> Float[Array, "b L"]:
         """One estimate of every token's negative log-likelihood (bound), nats, without dropout.
 
-        `estimator` is monte_carlo or low_variance; the key and it are not used where `is_exact`.
+        `estimator` is monte_carlo or low_variance, of the NELBO; or one of `orders.ORDERS`, exact for a sampler that
+        unmasks in that order. The key and it are not used where `is_exact`.
 
         Raises:
-          ValueError: low_variance, which draws no time, with a network that is conditioned on it.
+          ValueError: any but monte_carlo, which draw no time, with a network that is conditioned on it.
         """
         args = (x0, self.block_size, self.noise, self.ids.mask)
+        if self.objective != "ar" and estimator != "monte_carlo" and self.network.time_conditioned:
+            raise ValueError(f"{estimator} draws no time, but the network is conditioned on it")
         if self.objective == "ar":
             draw = None
         elif self.is_exact:
             draw = likelihood.draw_all_masked(*args)
+        elif estimator in orders.ORDERS:
+            return orders.token_losses(
+                estimator,
+                lambda draw: self.hidden(params, x0, draw),
+                Output(*self.network.output(params)),
+                x0,
+                self.block_size,
+                self.ids.mask,
+                self.noise.ignore_bos,
+                self._chunks,
+            )
         elif estimator == "low_variance":
-            if self.network.time_conditioned:
-                raise ValueError("low_variance draws no time, but the network is conditioned on it")
             draw = likelihood.draw_low_variance(key, *args)
         else:
             draw = likelihood.draw_monte_carlo(key, *args)

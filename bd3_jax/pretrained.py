@@ -172,7 +172,7 @@ class Pretrained:
                 raise UserError(
                     f"{self.source} is conditioned on time; {self.objective}'s blocks are for models that are not"
                 )
-            if c.estimator == "low_variance":
+            if c.estimator != "monte_carlo":
                 raise UserError(f"{self.source} is conditioned on time; allowed: estimator='monte_carlo'")
         losses = sequence_losses(model, self.params, _batches(rows, c.batch_size), c)
         return Result.of(

@@ -95,7 +95,9 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 split="validation",
                 batch_size=16,
                 num_batches=100,  # of a validation during training; 0: the whole split, as --mode=eval always reads it
-                estimator="monte_carlo",  # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm)
+                # of the NELBO: monte_carlo, or low_variance (mdlm, bd3lm); or in B passes the exact likelihood of a
+                # sampler that unmasks left_to_right, or the most_confident position first
+                estimator="monte_carlo",
                 without_special="never",  # BOS and EOS taken out of the rows, and these cut anew: never, training (in
                 # validations during it) or always
                 both_estimators=True,  # the other one too, where there is another

@@ -37,6 +37,12 @@ def ar_loss(logits: Float[Array, "*n V"], targets: Int[Array, "*n"], mask_id: in
     return jax.nn.logsumexp(_without_mask(logits, mask_id), axis=-1) - _pick(logits, targets)
 
 
+def doubt(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n"]:
+    """-log of the highest probability of a token."""
+    logits = _without_mask(logits, mask_id)
+    return jax.nn.logsumexp(logits, axis=-1) - logits.max(-1)
+
+
 def subs_log_probs(logits: Float[Array, "*n V"], xt: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n V"]:
     """log p(x0 | x_t) under SUBS (MDLM, section 3.2.3): zero masking probability, and unmasked tokens carried over."""
     log_probs = log_probs_without_mask(logits, mask_id)

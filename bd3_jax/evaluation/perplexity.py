@@ -20,6 +20,7 @@ from bd3_jax.data.pipeline import Dataset, count_batches, eval_batches, open_eva
 from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import load_tokenizer
+from bd3_jax.diffusion.orders import ORDERS
 from bd3_jax.errors import UserError
 from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
@@ -44,7 +45,8 @@ class Result:
       tokens: how many were counted.
       sequences: rows of L tokens they came from.
       nonfinite: how many of them have a loss that is not finite; the figures are not either, if any has.
-      estimator: 'exact' for AR and for BD3-LM at B = 1; else the estimator of the NELBO, an upper bound of the NLL.
+      estimator: 'exact' for AR and for BD3-LM at B = 1; else the estimator of the NELBO, an upper bound of the NLL, or
+        the order of unmasking for which the NLL is exact.
       split: of the prepared data.
       insert_special: whether rows begin with BOS and end with EOS.
       insert_eos: whether EOS follows every document.
@@ -126,9 +128,8 @@ class Result:
 
     def table(self) -> str:
         """For the terminal: a line for each figure."""
-        bound = "exact" if self.estimator == "exact" else f"upper bound, {self.estimator} estimate"
         rows = {
-            "NLL": f"{self.nll:.4f} +- {self.standard_error:.4f} nats per token ({bound})",
+            "NLL": f"{self.nll:.4f} +- {self.standard_error:.4f} nats per token ({describe(self.estimator)})",
             "bits per token": f"{self.bits_per_token:.4f}",
             "perplexity": f"{self.perplexity:.3f} +- {self.perplexity_standard_error:.3f}",
             "tokens counted": f"{self.tokens:,} in {self.sequences:,} rows of the {self.split} split, "
@@ -137,6 +138,13 @@ class Result:
             f"EOS after documents: {_yes(self.insert_eos)}",
         }
         return "\n".join(f"{name:<15} {value}" for name, value in rows.items())
+
+
+def describe(estimator: str) -> str:
+    """What a NLL is, by `Result.estimator`."""
+    if estimator == "exact":
+        return estimator
+    return f"exact, unmasking {estimator}" if estimator in ORDERS else f"upper bound, {estimator} estimate"
 
 
 def _yes(value: bool) -> str:
@@ -154,11 +162,11 @@ def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[
 
 
 def estimates(lm: LanguageModel, config: EvalConfig) -> tuple[EvalConfig, ...]:
-    """`config`, then the same with the other estimator, where it is wanted and there is another."""
+    """`config`, then the same with the other estimator of the NELBO, where it is wanted and there is another."""
     has_two = lm.objective in ("mdlm", "bd3lm") and not lm.is_exact and lm.noise.schedule != "scaled_loglinear"
     if not (config.both_estimators and has_two):
         return (config,)
-    other: Estimator = "low_variance" if config.estimator == "monte_carlo" else "monte_carlo"
+    other: Estimator = "monte_carlo" if config.estimator == "low_variance" else "low_variance"
     return config, dataclasses.replace(config, estimator=other)
 
 
@@ -302,7 +310,7 @@ def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_
     if first:
         print(f"{'checkpoint':<15} step {run.step} of {workdir}, {config.eval.weights} weights\n{result.table()}")
         for other in others:
-            print(f"{'or':<15} {other.nll:.4f} +- {other.standard_error:.4f}, {other.estimator} estimate")
+            print(f"{'or':<15} {other.nll:.4f} +- {other.standard_error:.4f} ({describe(other.estimator)})")
         if result.nonfinite:
             print(f"warning: the loss of {result.nonfinite} of {result.sequences} rows is not finite", file=sys.stderr)
         if not run.lm.is_exact:

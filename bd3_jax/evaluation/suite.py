@@ -11,7 +11,7 @@ from bd3_jax.data.corpora import get_corpus
 from bd3_jax.data.manifest import is_prepared
 from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.perplexity import Result, check_tokenizer, evaluate_params, open_run
+from bd3_jax.evaluation.perplexity import Result, check_tokenizer, describe, evaluate_params, open_run
 from bd3_jax.folders import require_writable
 from bd3_jax.metrics import append_metrics
 
@@ -93,8 +93,7 @@ def table(config: Config, name: str, results: dict[str, Result]) -> str:
     if paper is None:
         rows[-1] = ["published", *("-" for _ in ZEROSHOT)]
     lines = ["  ".join([f"{row[0]:<20.20}", *(f"{cell:>9}" for cell in row[1:])]).rstrip() for row in rows]
-    exact = all(result is None or result.estimator == "exact" for result in found)
-    kind = "perplexity" if exact else f"upper bound of the perplexity, {config.eval.estimator} estimate"
+    kind = f"perplexity ({describe(next((result.estimator for result in found if result), 'exact'))})"
     missing = [corpus for corpus, *_ in ZEROSHOT if corpus not in results]
     notes = [f"{kind}; rows of {config.model.length} tokens with BOS and EOS, nothing between documents"]
     if missing:

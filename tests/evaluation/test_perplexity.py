@@ -175,6 +175,7 @@ def test_table_and_record_say_how_the_figure_came_about():
     assert "position 0 left out" in table
     assert "BOS and EOS around rows: no; EOS after documents: yes" in table
     assert "exact" in dataclasses.replace(result, estimator="exact").table()
+    assert "exact, unmasking left_to_right" in dataclasses.replace(result, estimator="left_to_right").table()
     assert json.loads(json.dumps(result.record()))["eval/perplexity"] == pytest.approx(math.e**2)
 
 
