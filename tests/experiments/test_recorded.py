@@ -54,15 +54,16 @@ def test_variances_of_a_trained_model(script, tiny_config, tmp_path, monkeypatch
     assert "| 4 | U[" in (tmp_path / "intervals" / "table.md").read_text()
 
     estimators = script("estimator_variance")
-    estimators.main([f"--workdirs={workdir}", "--batches=1", "--draws=40", f"--out={tmp_path / 'estimators'}"])
+    estimators.main([f"--workdirs={workdir}", "--batches=2", "--draws=40", f"--out={tmp_path / 'estimators'}"])
     (cell,) = results(tmp_path / "estimators")
     validation = open_dataset(config.data, config.model.length, "validation")
     for name, figures in cell["figures"]["estimators"].items():
         settings = [dataclasses.replace(config.eval, estimator=name, seed=seed) for seed in range(100, 140)]
-        nlls = [evaluate_params(model, params, validation, each, 1).nll for each in settings]
+        nlls = [evaluate_params(model, params, validation, each, 2).nll for each in settings]
         noise = np.hypot(figures["standard_error"], np.std(nlls) / 40**0.5)
         assert abs(np.mean(nlls) - figures["nll"]) < 4 * noise
-        assert 0.4 < np.var(nlls, ddof=1) / figures["variance"] < 2.5  # of 39 degrees of freedom each
+        # Of two batches together; 39 degrees of freedom there, 78 here.
+        assert 0.4 < np.var(nlls, ddof=1) / (figures["variance"] / 2) < 2.5
     assert cell["figures"]["ratio"] > 1.5
 
 
@@ -74,7 +75,7 @@ def test_steps_by_setting(script, tmp_path, monkeypatch):
     steps.main([*sets, "--steps=2", "--vocab_size=20", f"--out={tmp_path}"])
     first, parts, remat = (cell["figures"] for cell in results(tmp_path))
     assert parts["temporaries"] < 0.7 * first["temporaries"]
-    assert parts["flops"] == pytest.approx(first["flops"])
+    assert parts["flops"] == pytest.approx(first["flops"], rel=0.01)
     assert remat["flops"] > first["flops"]
     assert all(figures["step_seconds"] > 0 for figures in (first, parts, remat))
 
