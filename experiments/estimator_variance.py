@@ -46,7 +46,9 @@ def measure(config: Config, workdir: epath.Path, batches: int, draws: int) -> di
     programs = {name: likelihood_program(lm, name, split) for name in ESTIMATORS}
     nlls: dict[str, list[list[float]]] = {name: [] for name in ESTIMATORS}
     seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
-    rows = [batch for batch, is_real in eval_batches(dataset, config.eval.batch_size, batches) if is_real.all()]
+    if len(dataset) < batches * config.eval.batch_size:
+        raise UserError(f"--batches is {batches}, which takes more than the {len(dataset)} rows of {workdir}'s split")
+    rows = [batch for batch, _ in eval_batches(dataset, config.eval.batch_size, batches)]
     for index, batch in enumerate(tqdm(rows, "estimating", disable=None)):
         placed = jax.device_put(batch, split)
         for name, program in programs.items():
@@ -101,6 +103,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--draws", type=int, default=32, help="of each batch by each estimator")
     parser.add_argument("--out", type=Path, default=RESULTS / "estimator_variance")
     own = parser.parse_args(argv)
+    for name in ("batches", "draws"):
+        if (value := getattr(own, name)) < 2:
+            raise UserError(f"--{name} is {value}; allowed: 2 or more")
     runtime.start()
     recording, found = Recording(own.out), {}
     for name in own.workdirs:

@@ -75,10 +75,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 for place, value in enumerate((1, sum(sizes), _traffic(kind, group, sum(sizes)))):
                     total[place] += times * value
                 continue
-            trips = _TRIPS.search(line) if " while(" in line else None
+            turns = _turns(line, lines) if " while(" in line else 1
             for one, several in _CALLED.findall(line):
                 for called in [one] if one else re.findall(r"[\w.-]+", several):
-                    visit(called, times * (int(trips[1]) if trips else 1))
+                    visit(called, times * turns)
 
     visit(entry, 1)
     return [Collective(*key, *total) for key, total in sorted(totals.items(), key=lambda item: -item[1][2])]
@@ -97,6 +97,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif name:
             lines[name].append(line)
     return lines, entry
+
+
+def _turns(line: str, lines: dict[str, list[str]]) -> int:
+    """How often a `while` turns: as the compiler says, or its condition, a count from 0 to a constant; else 1."""
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    text = "\n".join(lines.get(condition[1], [])) if condition else ""
+    less = re.search(r" compare\(.+, (?:\S+ )?%?([\w.-]+)\), direction=LT", text)
+    limit = less and re.search(rf"%?{re.escape(less[1])} = s32\[\]\S* constant\((\d+)\)", text)
+    return int(limit[1]) if limit else 1
 
 
 def _group(line: str, devices: int) -> int:
@@ -130,8 +142,8 @@ def estimated_cycles(text: str) -> int:
             own = re.search(r'"estimated_cycles":"(\d+)"', line)
             total += int(own[1]) if own else 0
             if " while(" in line:
-                trips, body = _TRIPS.search(line), re.search(r"body=%?([\w.-]+)", line)
-                total += (int(trips[1]) if trips else 1) * (cycles(body[1]) if body else 0)
+                body = re.search(r"body=%?([\w.-]+)", line)
+                total += _turns(line, lines) * (cycles(body[1]) if body else 0)
         return total
 
     return cycles(entry)

@@ -51,6 +51,30 @@ def test_every_collective_is_counted_with_its_group_and_its_loop():
     }
 
 
+# As the TPU's compiler writes it: no known_trip_count, but a constant in the condition.
+COUNTED = """\
+%region_1.2_spmd (wide.param.1: (s32[], f32[16,256])) -> pred[] {
+  %constant.53.clone.1 = s32[]{:T(128)} constant(12)
+  %wide.param.1 = (s32[]{:T(128)}, f32[16,256]{1,0:T(8,128)S(1)}) parameter(0)
+  %get-tuple-element.222 = s32[]{:T(128)} get-tuple-element(%wide.param.1), index=0
+  ROOT %lt.10 = pred[]{:T(512)} compare(%get-tuple-element.222, %constant.53.clone.1), direction=LT
+}"""
+
+
+def test_a_loop_turns_as_often_as_its_condition_says():
+    head, rest = MODULE.split("%condition (state")
+    told = rest.split("ENTRY")[1].replace(
+        'condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"11"}}',
+        "condition=%region_1.2_spmd, body=%body",
+    )
+    module = f"{head}{COUNTED}\n\nENTRY{told}"
+    gathered = next(c for c in hlo.collectives(module, 8) if (c.kind, c.group) == ("all-gather", 4))
+    assert gathered == Collective("all-gather", 4, 12, 12 * 512, 12 * 384)
+    assert hlo.estimated_cycles(module) == 7 + 12 * 50
+    unknown = module.replace("constant(12)", "parameter(1)")
+    assert hlo.estimated_cycles(unknown) == 7 + 50
+
+
 def test_largest_arrays_are_those_that_exist_outside_fusions():
     assert hlo.largest_arrays(MODULE, 1) == [Buffer(32768, "f32[256,32]", "jit(update)/mlp/dot_general")]
 

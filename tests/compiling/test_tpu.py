@@ -8,6 +8,7 @@ import pytest
 from bd3_jax import cli
 from bd3_jax.compiling.report import Report
 from bd3_jax.compiling.targets import GIB
+from bd3_jax.configs import text8
 from tests.compiling.test_run import TINY
 
 pytestmark = [
@@ -30,6 +31,12 @@ def compile_tiny(tmp_path):
         return status, Report.from_record(json.loads(file.read_text())[0]) if file.exists() else None
 
     return compile_with
+
+
+@pytest.mark.parametrize("string", ["ar", "mdlm", "sedd", "bd3lm,block_size=4"])
+def test_a_recipe_of_every_objective_fits_its_machine(string):
+    """Those of text8; experiments/compile_report.py compiles all."""
+    assert cli.main(["compile", f"--config=configs/text8.py:{string}", f"--topology={text8.TOPOLOGY}"]) == 0
 
 
 def test_two_slices_exchange_gradients_alone(compile_tiny):

@@ -89,11 +89,11 @@ def test_a_pod_is_the_machine_that_the_config_is_made_for(name):
 
 @pytest.mark.slow
 def test_a_config_that_does_not_fit_is_not_started(launch, tmp_path):
-    """2^28 rows, compiled for two devices; a training would ask for prepared rows, with status 2."""
+    """2^24 rows, compiled for two devices; a training would ask for prepared rows, with status 2."""
     config = f"--config={tmp_path / 'tiny.py'}:ar"
     (tmp_path / "tiny.py").write_text(TINY)
     flags = [config, f"--workdir={tmp_path / 'run'}"]
-    ended, _ = launch("local", "--check", *SCRIPTS["local"], *flags, "--config.training.batch_size=268435456")
+    ended, _ = launch("local", "--check", *SCRIPTS["local"], *flags, "--config.training.batch_size=16777216")
     assert ended.returncode == 1
     assert "DOES NOT FIT" in ended.stdout
     assert "ended with status 1" in ended.stderr

@@ -62,7 +62,8 @@ def test_variances_of_a_trained_model(script, tiny_config, tmp_path, monkeypatch
         nlls = [evaluate_params(model, params, validation, each, 2).nll for each in settings]
         noise = np.hypot(figures["standard_error"], np.std(nlls) / 40**0.5)
         assert abs(np.mean(nlls) - figures["nll"]) < 4 * noise
-        assert 0.4 < 2 * np.var(nlls, ddof=1) / figures["variance"] < 2.5  # of 39 degrees of freedom or more
+        # Of two batches together; 39 degrees of freedom there, 78 here.
+        assert 0.4 < np.var(nlls, ddof=1) / (figures["variance"] / 2) < 2.5
     assert cell["figures"]["ratio"] > 1.5
 
     script("noise_copies").main([f"--workdir={workdir}", "--batches=2", f"--out={tmp_path / 'copies'}"])
@@ -97,7 +98,7 @@ def test_steps_by_setting(script, tmp_path, monkeypatch):
     steps.main([*sets, "--steps=2", "--vocab_size=20", f"--out={tmp_path}"])
     first, parts, remat = (cell["figures"] for cell in results(tmp_path))
     assert parts["temporaries"] < 0.7 * first["temporaries"]
-    assert parts["flops"] == pytest.approx(first["flops"])
+    assert parts["flops"] == pytest.approx(first["flops"], rel=0.01)
     assert remat["flops"] > first["flops"]
     assert all(figures["step_seconds"] > 0 for figures in (first, parts, remat))
 
