@@ -15,7 +15,7 @@ from bd3_jax.data.corpora import get_corpus
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.sampling.drawing import abstract_memory, trace_step
+from bd3_jax.sampling.drawing import abstract_memory, abstract_weights, trace_step
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
@@ -82,8 +82,9 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     rows = config.sampling.batch_size
     split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
     sampler = Sampler.from_config(model, config.sampling)
-    held["context of samples"] = _bytes(abstract_memory(sampler, params, rows, split))
-    traced = trace_step(sampler.program, params, rows, sampler.blocks_per_call, split)
+    weights = abstract_weights(sampler, params)
+    held = {"weights": _bytes(weights), "context of samples": _bytes(abstract_memory(sampler, weights, rows, split))}
+    traced = trace_step(sampler.program, weights, rows, sampler.blocks_per_call, split)
     return Program(traced, held, rows, product_flops(traced.jaxpr))
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -128,9 +128,12 @@ class Target:
         if self.chip.platform == "cuda":
             shape = f"1x1x{self.size}"
             return topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=shape).devices
-        shape, slices = "x".join(map(str, self.shape)), {"num_slices": self.slices} if self.slices > 1 else {}
+        shape = "x".join(map(str, self.shape))
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.size == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)  # else hosts have four chips or more
         try:
-            return topologies.get_topology_desc(f"{self.name}:{shape}", "tpu", **slices).devices
+            return topologies.get_topology_desc(f"{self.name}:{shape}", "tpu", **options).devices
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"--topology={self.name}:{shape} is no machine that its compiler knows: {error}") from error
 

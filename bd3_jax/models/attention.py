@@ -97,16 +97,21 @@ def cached(
 ) -> Heads:
     """Queries attend to the valid entries of the cache and to those of `k` that `own` allows; None: to all of them.
 
-    One softmax over both, whose scores are laid side by side; the cache itself is not copied.
+    One softmax over both, which are not laid side by side.
     """
-    size, scale = cache_k.shape[2], q.shape[-1] ** -0.5
-    seen = [jnp.broadcast_to(valid[:, None, :], (q.shape[0], q.shape[2], size))]
-    seen.append(jnp.ones((q.shape[0], q.shape[2], k.shape[2]), bool) if own is None else own)
-    scores = [jnp.einsum("bhqd,bhkd->bhqk", q, keys, preferred_element_type=jnp.float32) for keys in (cache_k, k)]
-    masked = jnp.where(jnp.concatenate(seen, axis=2)[:, None], jnp.concatenate(scores, axis=-1) * scale, -jnp.inf)
-    weights = jax.nn.softmax(masked, axis=-1).astype(v.dtype)
-    of_cache = jnp.einsum("bhqk,bhkd->bhqd", weights[..., :size], cache_v)
-    return of_cache + jnp.einsum("bhqk,bhkd->bhqd", weights[..., size:], v)
+    parts = [(cache_k, cache_v, valid[:, None, None, :]), (k, v, None if own is None else own[:, None])]
+    scores = []
+    for keys, _, seen in parts:
+        score = jnp.einsum("bhqd,bhkd->bhqk", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores.append(score if seen is None else jnp.where(seen, score, -jnp.inf))
+    # A query sees itself, so its largest score is finite.
+    top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True, initial=-jnp.inf) for score in scores])
+    total, out = jnp.zeros(()), jnp.zeros(())
+    for (_, values, _), score in zip(parts, scores, strict=True):
+        weights = jnp.exp(score - top)
+        total += weights.sum(-1, keepdims=True)
+        out += jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+    return (out / total).astype(v.dtype)
 
 
 class Dense:

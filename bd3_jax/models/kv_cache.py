@@ -34,15 +34,17 @@ class KVBlock:
 class KVCache:
     """A ring of S tokens of context for each sequence: shapes never change, and a slide overwrites the oldest block.
 
-    Position p of the sequence lies in slot p mod S. `length` counts the tokens stored since the beginning, so that the
-    next token's position is `length` even after the oldest have been overwritten. It may be negative: what is appended
-    at negative positions is never seen. A new sequence can thus begin with a block that stands for nothing, and be
-    treated like one that goes on.
+    All sequences of a batch store a block at once, in the same slots, so that no ring is copied for it. `end` is the
+    slot after the newest token's. `length` counts the tokens of each sequence since its beginning, so that its next
+    token's position is `length` even after the oldest have been overwritten; of what lies in the ring it sees its own
+    last `length` tokens. It may be negative: what is appended at negative positions is never seen. A new sequence can
+    thus begin with a block that stands for nothing, and be treated like one that goes on.
     """
 
     keys: Layers
     values: Layers
     length: Int[Array, "b"]
+    end: Int[Array, ""]
 
     @property
     def capacity(self) -> int:
@@ -50,46 +52,45 @@ class KVCache:
 
     @property
     def valid(self) -> Bool[Array, "b S"]:
-        """Which slots hold a token."""
-        return jnp.arange(self.capacity)[None, :] < self.length[:, None]
+        """Which slots hold a token of the sequence."""
+        age = (self.end - 1 - jnp.arange(self.capacity)) % max(self.capacity, 1)
+        return age[None, :] < self.length[:, None]
 
     def append(self, block: KVBlock) -> "KVCache":
-        """Stores a finished block of every sequence, in place of its oldest block once the ring is full.
+        """Stores a finished block of every sequence, in place of the oldest once the ring is full.
 
         The block size must divide the capacity S. S = 0 (one block is the whole context) keeps nothing.
         """
         capacity, size = self.capacity, jax.tree.leaves(block.keys)[0].shape[TOKENS]
         length = self.length + size
         if capacity == 0:
-            return KVCache(self.keys, self.values, length)
+            return dataclasses.replace(self, length=length)
         if capacity % size:
             raise ValueError(f"the block size {size} must divide the cache's capacity {capacity}")
-        start = self.length % capacity  # of negative lengths too
-
-        def store(ring: Array, new: Array) -> Array:
-            of_one = lambda ring, new, at: jax.lax.dynamic_update_slice_in_dim(ring, new, at, axis=ring.ndim + TOKENS)
-            axis = ring.ndim + BATCH
-            return jax.vmap(of_one, in_axes=(axis, axis, 0), out_axes=axis)(ring, new, start)
-
-        store_all = lambda ring, new: jax.tree.map(store, ring, new)
-        return KVCache(store_all(self.keys, block.keys), store_all(self.values, block.values), length)
+        store = lambda ring, new: jax.lax.dynamic_update_slice_in_dim(ring, new, self.end, axis=ring.ndim + TOKENS)
+        return self._map(store, block, length, (self.end + size) % capacity)
 
     def select(self, rows: Bool[Array, "b"], other: "KVCache") -> "KVCache":
-        """Takes the sequences `rows` from `other`, whose batch is as large or 1."""
-        choose = lambda ours, theirs: jnp.where(rows[:, None, None, None], theirs, ours)
-        length = jnp.where(rows, other.length, self.length)
-        return self._map(choose, other, length)
+        """Takes the sequences `rows` from `other`, whose batch is as large or 1 and whose ring is turned to ours."""
+
+        def choose(ours: Array, theirs: Array) -> Array:
+            turned = jnp.roll(theirs, self.end - other.end, axis=theirs.ndim + TOKENS)
+            return jnp.where(rows[:, None, None, None], turned, ours)
+
+        return self._map(choose, other, jnp.where(rows, other.length, self.length), self.end)
 
     def tile(self, batch: int) -> "KVCache":
         """Of batch 1 -> `batch` times the same."""
         repeat = lambda leaf, _: jnp.repeat(leaf, batch, axis=BATCH)
-        return self._map(repeat, self, jnp.repeat(self.length, batch))
+        return self._map(repeat, self, jnp.repeat(self.length, batch), self.end)
 
-    def write_prefix(self, block: KVBlock) -> "KVCache":
-        """Puts tokens in the first places of the ring; the length stays as it is."""
+    def begin(self, block: KVBlock, length: Int[Array, "1"]) -> "KVCache":
+        """An empty ring with the first `length` tokens of a longer block, which must fit in."""
         write = lambda ring, new: jax.lax.dynamic_update_slice_in_dim(ring, new, 0, axis=ring.ndim + TOKENS)
-        return self._map(write, block, self.length)
+        return self._map(write, block, length, length[0] % self.capacity)
 
-    def _map(self, function: Callable[[Array, Array], Array], other: "KVCache | KVBlock", length: Array) -> "KVCache":
+    def _map(
+        self, function: Callable[[Array, Array], Array], other: "KVCache | KVBlock", length: Array, end: Array
+    ) -> "KVCache":
         over = lambda ours, theirs: jax.tree.map(function, ours, theirs)
-        return KVCache(over(self.keys, other.keys), over(self.values, other.values), length)
+        return KVCache(over(self.keys, other.keys), over(self.values, other.values), length, end)

@@ -137,22 +137,37 @@ class Transformer(nnx.Module):
         )
         self.output = Linear(model.width, (vocab_size,), ("embed", "vocab"), rngs=rngs, zero=True)
 
-    def finish(self, x: Float[Array, "b L d"], cond: Array | None) -> Float[Array, "b L d"]:
-        y = normalise(x) * self.final_norm[...]
-        if self.final_modulation is not None and cond is not None:
-            shift, scale = jnp.moveaxis(self.final_modulation(cond), 1, 0)[:, :, None, :]
-            y = y * (1 + scale) + shift
-        return y.astype(x.dtype)
+    def final(self, cond: Float[Array, "b c"] | None) -> tuple[Array, Array | None]:
+        """Scale and shift after the last normalisation, over `[b, L, d]`."""
+        if self.final_modulation is None or cond is None:
+            return self.final_norm[...], None
+        shift, scale = jnp.moveaxis(self.final_modulation(cond), 1, 0)[:, :, None, :]
+        return self.final_norm[...] * (1 + scale), shift
+
+
+def _finish(
+    x: Float[Array, "b L d"], scale: Float[Array, "..."], shift: Float[Array, "..."] | None
+) -> Float[Array, "b L d"]:
+    y = normalise(x) * scale
+    return (y if shift is None else y + shift).astype(x.dtype)
 
 
 class Frozen(NamedTuple):
     """Parameters as `Network.decode` reads them: what is computed from them alone is there already.
 
+    embedding: in the dtype of the activations.
     layers: `Layer`, stacked on axis 0, or a tuple with one of each layer.
+    final: scale and shift after the last normalisation.
+    output: kernel, in the dtype of the activations, and bias.
     """
 
-    params: Params
+    embedding: Float[Array, "V d"]
     layers: Any
+    final: tuple[Array, Array | None]
+    output: tuple[Float[Array, "d V"], Float[Array, "V"]]
+
+
+AnyParams = Params | Frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +291,7 @@ class Network:
             )
         noised = streams if clean is None else streams - 1
         x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), noised)
-        return transformer.finish(x.reshape(*tokens.shape, -1), cond)
+        return _finish(x.reshape(*tokens.shape, -1), *transformer.final(cond))
 
     def _rematerialised(self, block: Callable[..., Array]) -> Callable[..., Array]:
         """What the backward pass of a block computes again; see `ModelConfig.remat`."""
@@ -299,7 +314,7 @@ class Network:
                 return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.model.num_layers))
             return jnp.zeros((self.model.num_layers, *shape), self.dtype)
 
-        return KVCache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+        return KVCache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32))
 
     @property
     def _is_unrolled(self) -> bool:
@@ -319,11 +334,14 @@ class Network:
         if self._is_unrolled:
             each = (jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(self.model.num_layers))
             layers = jax.lax.optimization_barrier(tuple(each))
-        return Frozen(params, layers)
+        embedding, kernel = (
+            leaf[...].astype(self.dtype) for leaf in (transformer.embedding, transformer.output.kernel)
+        )
+        return Frozen(embedding, layers, transformer.final(cond), (kernel, transformer.output.bias[...]))
 
     def decode(
         self,
-        params: Params | Frozen,
+        params: AnyParams,
         tokens: Int[Array, "b T"],
         cache: KVCache,
         block_size: int | None = None,
@@ -344,8 +362,7 @@ class Network:
             but their keys and values.
         """
         frozen = params if isinstance(params, Frozen) else self.freeze(params)
-        transformer = self._merge(frozen.params)
-        x = jnp.take(transformer.embedding[...], tokens, axis=0).astype(self.dtype)[:, None]
+        x = jnp.take(frozen.embedding, tokens, axis=0)[:, None]
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
         rotary = (cos[:, None, None], sin[:, None, None])  # broadcast over heads and streams
@@ -374,13 +391,16 @@ class Network:
                 stored.append(new)
             block = KVBlock(tuple(new.keys for new in stored), tuple(new.values for new in stored))
         else:
-            stacked = frozen.layers, cache.keys, cache.values
-            over: Any = apply_layer  # the scan gives no `at`
-            of_all_but_last = jax.tree.map(lambda leaf: leaf[:last], stacked)
-            x, earlier = jax.lax.scan(over, x, of_all_but_last, unroll=self.settled.scan_unroll)
-            x, new = apply_layer(x, jax.tree.map(lambda leaf: leaf[last], stacked), at)
+            # Indexed and not sliced: the compiler would copy all layers but the last, cache included, at every call.
+            part = lambda n: jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, n, keepdims=False),
+                (frozen.layers, cache.keys, cache.values),
+            )
+            layer: Any = lambda x, n: apply_layer(x, part(n))
+            x, earlier = jax.lax.scan(layer, x, jnp.arange(last), unroll=self.settled.scan_unroll)
+            x, new = apply_layer(x, part(last), at)
             block = jax.tree.map(lambda before, newest: jnp.concatenate([before, newest[None]]), earlier, new)
-        return transformer.finish(x[:, 0], self._cond(transformer, None)), block
+        return _finish(x[:, 0], *frozen.final), block
 
     def output(self, params: Params) -> tuple[Float[Array, "d V"], Float[Array, "V"]]:
         """The output layer. On a mesh its whole width is on every device: gathered once, and not for every use."""
@@ -391,8 +411,11 @@ class Network:
             kernel = jax.lax.with_sharding_constraint(kernel, jax.sharding.PartitionSpec(None, columns))
         return kernel, bias
 
-    def unembed(self, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
+    def unembed(self, params: AnyParams, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""
-        kernel, bias = params["output"]["kernel"], params["output"]["bias"]
+        if isinstance(params, Frozen):
+            kernel, bias = params.output
+        else:
+            kernel, bias = params["output"]["kernel"], params["output"]["bias"]
         product = jnp.tensordot(hidden, kernel.astype(hidden.dtype), axes=1, preferred_element_type=jnp.float32)
         return product + bias

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.transformer import AnyParams
 from bd3_jax.sampling import categorical
 from bd3_jax.sampling.contexts import Context, Memory
-from bd3_jax.sampling.updates import Denoiser, Filling, Update
+from bd3_jax.sampling.updates import Call, Denoiser, Filling, Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def fill_blocks(
     denoiser: Denoiser,
     update: Update,
     wanted: int,
-    params: Params,
+    params: AnyParams,
     keys: PRNGKeyArray,
     memory: Memory,
     first: Int[Array, "b"],
@@ -88,13 +88,13 @@ def fill_blocks(
       denoiser: what it says.
       update: what happens within a block.
       wanted: only so many positions of a block are drawn, the others stay as they are.
-      params: of the network.
+      params: of the network, frozen by the context.
       keys: one for each sequence, `[b]`; a sequence depends on its own and on nothing else of the batch.
       memory: of what comes before.
       first: number of the first block, for each sequence.
       given: tokens, and the mask's id elsewhere.
     """
-    batch, size, frozen = given.shape[0], context.size, context.freeze(params)
+    batch, size = given.shape[0], context.size
     drawable = np.arange(size) < wanted
 
     def one_block(memory: Memory, block: tuple[Array, Array]) -> tuple[Memory, Filled]:
@@ -113,7 +113,8 @@ def fill_blocks(
 
         def advance(state: _State, hidden: Array) -> _State:
             step_keys = categorical.fold_in(key_step, state.step)
-            filling, carry = update.step(denoiser, step_keys, state.filling, masked(state), hidden, state.carry)
+            call = Call(denoiser, step_keys, state.filling, masked(state), hidden)
+            filling, carry = update.step(call, state.carry)
             nfe = state.nfe + unfinished(state)
             drawn_at = jnp.where(filling.tokens != state.filling.tokens, nfe[:, None], state.drawn_at)
             return _State(state.step + 1, filling, drawn_at, nfe, carry)
@@ -125,11 +126,11 @@ def fill_blocks(
         cache_calls = zeros
         if context.stores:
             cache_calls += ~unfinished(state)
-            hidden, memory = context.first(frozen, memory, index, tokens, positions(state))
+            hidden, memory = context.first(params, memory, index, tokens, positions(state))
             state = advance(state, hidden)
 
         def look(state: _State) -> _State:
-            hidden = context.look(frozen, memory, index, state.filling.tokens, positions(state))
+            hidden = context.look(params, memory, index, state.filling.tokens, positions(state))
             return advance(state, hidden)
 
         state = jax.lax.while_loop(lambda state: unfinished(state).any(), look, state)

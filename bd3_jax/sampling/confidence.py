@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax.sampling import categorical
-from bd3_jax.sampling.updates import Denoiser, Filling, UntilNoneIsMasked, fill
+from bd3_jax.sampling.updates import Call, Denoiser, Filling, UntilNoneIsMasked, fill
 
 ROWS = 16
 """The vocabulary is asked at so many positions at a time, all sequences together, or at one of each if that is more."""
@@ -71,19 +71,11 @@ class ByConfidence(UntilNoneIsMasked):
     def choose(self, masked: Bool[Array, "b B"], drawn: Candidates) -> Bool[Array, "b B"]:
         raise NotImplementedError
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        keys: PRNGKeyArray,
-        filling: Filling,
-        masked: Bool[Array, "b B"],
-        hidden: Float[Array, "b B d"],
-        carry: tuple[()],
-    ) -> tuple[Filling, tuple[()]]:
-        drawn = candidates(denoiser, keys, masked, hidden)
-        chosen = masked & self.choose(masked, drawn)
-        tokens = jnp.where(chosen, drawn.tokens, filling.tokens)
-        return Filling(tokens, jnp.where(chosen, drawn.confidence, filling.confidence)), carry
+    def step(self, call: Call, carry: tuple[()]) -> tuple[Filling, tuple[()]]:
+        drawn = candidates(call.denoiser, call.keys, call.masked, call.hidden)
+        chosen = call.masked & self.choose(call.masked, drawn)
+        tokens = jnp.where(chosen, drawn.tokens, call.filling.tokens)
+        return Filling(tokens, jnp.where(chosen, drawn.confidence, call.filling.confidence)), carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +141,8 @@ class Remasking:
     def positions(self, masked: Bool[Array, "b B"], carry: tuple[Array, Array]) -> None:
         return None
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        keys: PRNGKeyArray,
-        filling: Filling,
-        masked: Bool[Array, "b B"],
-        hidden: Float[Array, "b B d"],
-        carry: tuple[Array, Array],
-    ) -> tuple[Filling, tuple[Array, Array]]:
+    def step(self, call: Call, carry: tuple[Array, Array]) -> tuple[Filling, tuple[Array, Array]]:
+        denoiser, keys, filling, masked, hidden = call
         step, ours = carry
         keys_draw, keys_move = categorical.split(keys)
         uniform = jax.vmap(lambda key: jax.random.uniform(key, masked.shape[1:]))(keys_move)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bd3_jax.models.kv_cache import KVCache
-from bd3_jax.models.transformer import Frozen, Network, Params
+from bd3_jax.models.transformer import AnyParams, Network, Params
 
 
 @jax.tree_util.register_dataclass
@@ -60,11 +60,11 @@ class Context(Protocol):
     def size(self) -> int:
         """B."""
 
-    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
-        """The memory of one sequence, batch 1, with the first `index` blocks of `row` finished."""
-
-    def freeze(self, params: Params) -> Params | Frozen:
+    def freeze(self, params: Params) -> AnyParams:
         """The parameters as the calls below want them."""
+
+    def start(self, params: Any, row: Int[np.ndarray, "S"], index: int) -> Memory:
+        """The memory of one sequence, batch 1, with the first `index` blocks of `row` finished."""
 
     def first(
         self, params: Any, memory: Memory, index: Int[Array, "b"], tokens: Int[Array, "b B"], at: Array | None
@@ -94,25 +94,23 @@ class Cached:
     capacity: int
     stores: ClassVar[bool] = True
 
-    def freeze(self, params: Params) -> Frozen:
-        return self.network.freeze(params)
+    def freeze(self, params: Params) -> AnyParams:
+        return _freeze(self.network, params)
 
-    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
+    def start(self, params: Any, row: Int[np.ndarray, "S"], index: int) -> Memory:
         """Finished blocks but the newest go through the network at once, padded to a power of 2 of blocks."""
         stored = max(index - 1, 0) * self.size
         padded = self.size
         while padded < stored:
             padded *= 2
         padded = min(padded, self.capacity)
-        recent = np.zeros((1, self.size), np.int32)
+        prefix = np.zeros((1, padded if stored else 0), np.int32)
+        prefix[0, :stored] = row[:stored]
+        recent: Any = np.zeros((1, self.size), np.int32)
         if index:
             recent[0] = row[stored : stored + self.size]
-        cache = self.network.init_cache(1, self.capacity)
-        if stored:
-            prefix = np.zeros((1, padded), np.int32)
-            prefix[0, :stored] = row[:stored]
-            cache = _read_prefix(self.network, self.size, params, prefix, cache)
-        return Memory(dataclasses.replace(cache, length=jnp.full((1,), (index - 1) * self.size)), jnp.asarray(recent))
+        length = np.full((1,), (index - 1) * self.size, np.int32)
+        return Memory(_read_prefix(self.network, self.size, self.capacity, params, prefix, length), recent)
 
     def first(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> tuple[Array, Memory]:
         assert memory.cache is not None  # it is of this context
@@ -130,11 +128,20 @@ class Cached:
         return dataclasses.replace(memory, recent=tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_prefix(network: Network, size: int, params: Params, prefix: Int[Array, "1 P"], cache: KVCache) -> KVCache:
-    """The cache with the prefix in its first places; its length is not touched."""
+_freeze = jax.jit(Network.freeze, static_argnums=0)
+
+
+# Parameters that are not used count all the same: the cache is on their devices, which may be those of other processes.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
+def _read_prefix(
+    network: Network, size: int, capacity: int, params: AnyParams, prefix: Int[Array, "1 P"], length: Int[Array, "1"]
+) -> KVCache:
+    """A cache of that length with the prefix, which may be empty, in its first places."""
+    cache = network.init_cache(1, capacity)
+    if not prefix.shape[1]:
+        return dataclasses.replace(cache, length=length)
     _, kv = network.decode(params, prefix, network.init_cache(1, 0), size, jnp.zeros((1, 1), jnp.int32))
-    return cache.write_prefix(kv)
+    return cache.begin(kv, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +156,11 @@ class Windowed:
     def freeze(self, params: Params) -> Params:
         return params
 
-    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
+    def start(self, params: Any, row: Int[np.ndarray, "S"], index: int) -> Memory:
         place = min(index * self.size, self.window - self.size)
-        recent = np.zeros((1, self.window), np.int32)
+        recent: Any = np.zeros((1, self.window), np.int32)
         recent[0, :place] = row[index * self.size - place : index * self.size]
-        return Memory(None, jnp.asarray(recent))
+        return Memory(None, recent)
 
     def look(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
         place = self._place(index)
@@ -196,11 +203,11 @@ class WindowedNextToken:
     def freeze(self, params: Params) -> Params:
         return params
 
-    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
+    def start(self, params: Any, row: Int[np.ndarray, "S"], index: int) -> Memory:
         kept = min(index, self.window)
-        recent = np.zeros((1, self.window), np.int32)
+        recent: Any = np.zeros((1, self.window), np.int32)
         recent[0, :kept] = row[index - kept : index]
-        return Memory(None, jnp.asarray(recent))
+        return Memory(None, recent)
 
     def look(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
         newest = jnp.minimum(index, self.window) - 1

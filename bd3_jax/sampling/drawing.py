@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from bd3_jax.errors import UserError
 from bd3_jax.models.kv_cache import BATCH, KVCache
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.transformer import AnyParams, Params
 from bd3_jax.sampling.block import Filled, Layout
 from bd3_jax.sampling.contexts import Memory
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sampling.stopping import DRAWS, WINDOW, Stop, StopRule
-from bd3_jax.sharding import by_rows, spec
+from bd3_jax.sharding import by_rows, place, spec
 
 
 @dataclasses.dataclass
@@ -64,7 +64,8 @@ class Slots:
       params: of its model.
       row: from `Sampler.canvas`.
       batch: how many sequences are drawn at a time.
-      sharding: of a batch of rows, where `params` are spread over a mesh; every host then has all samples.
+      sharding: of a batch of rows, where `params` are spread over a mesh; every process of it then does the same steps
+        and has all samples.
       blocks_per_call: None: as the sampler suggests. It decides when tokens arrive, not which.
       redraws: whether a sample that should not have stopped is drawn anew; else it ends there.
     """
@@ -80,7 +81,8 @@ class Slots:
         redraws: bool = True,
     ):
         self._redraws = redraws
-        self._sampler, self._params, self._row, self._sharding = sampler, params, row, sharding
+        self._sampler, self._row, self._sharding = sampler, row, sharding
+        self._weights = sampler.freeze(params)
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
         # Leading blocks in which everything is given are read at once; the last block is gone through in any case.
@@ -88,12 +90,12 @@ class Slots:
         given = int(masked.argmax()) if masked.any() else len(row)
         whole = 0 if given < self._layout.size else 1 + (given - self._layout.size) // self._layout.stride
         self._begin = min(whole, self._layout.num_blocks - 1)
-        self._fresh = sampler.start(params, row, self._begin)
+        self._fresh = sampler.start(self._weights, row, self._begin)
         self.drawing: list[Drawn | None] = [None] * batch
         shardings = _memory_sharding(self._fresh, batch, sharding)
         self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
         self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(self._fresh, batch)
-        leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, params))
+        leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, self._weights))
         self._advance = _compile(sampler.program, batch, self._blocks, sharding, structure, tuple(leaves))
 
     @property
@@ -127,7 +129,7 @@ class Slots:
           UserError: it has been discarded too often.
         """
         began = time.perf_counter()
-        self._memory, filled = self._advance(self._params, self._memory, *self._inputs())
+        self._memory, filled = self._advance(self._weights, self._memory, *self._inputs())
         filled = jax.device_get(filled)
         share = (time.perf_counter() - began) / sum(drawn is not None for drawn in self.drawing)
         finished, again = [], {}
@@ -201,8 +203,8 @@ class Slots:
         seed = np.uint32(self._sampler.config.seed)
         return seed, *(self._put(array) for array in (indices, attempts, first, given))
 
-    def _put(self, array: np.ndarray) -> Array:
-        return jax.device_put(array, self._sharding)
+    def _put(self, array: np.ndarray) -> Array | np.ndarray:
+        return array if self._sharding is None else place(array, self._sharding)
 
 
 def draw(
@@ -235,21 +237,31 @@ def draw(
             following += 1
 
 
-def trace_step(
-    sampler: Sampler, params: Params, batch: int, blocks: int, sharding: NamedSharding | None = None
-) -> jax.stages.Traced:
-    """The program of one step of `Slots`: (parameters, memory, and its other inputs) -> (memory, `Filled`).
+def abstract_weights(sampler: Sampler, params: Params) -> AnyParams:
+    """Shapes and shardings of `Sampler.freeze`, given those of the parameters; the devices need not be there."""
+    lowered = jax.jit(sampler.freeze).lower(params)
+    return jax.tree.map(
+        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
+        lowered.out_info,
+        lowered.compile().output_shardings,
+    )
 
-    Nothing is allocated: `params` may be shapes with their shardings, and the devices need not be there.
+
+def trace_step(
+    sampler: Sampler, weights: AnyParams, batch: int, blocks: int, sharding: NamedSharding | None = None
+) -> jax.stages.Traced:
+    """The program of one step of `Slots`: (weights, memory, and its other inputs) -> (memory, `Filled`).
+
+    Nothing is allocated: `weights` may be shapes with their shardings, and the devices need not be there.
 
     Args:
       sampler: what draws.
-      params: of its model.
+      weights: the parameters of its model, frozen.
       batch: sequences.
       blocks: that are drawn of each.
-      sharding: of a batch of rows, where `params` are spread over a mesh.
+      sharding: of a batch of rows, where `weights` are spread over a mesh.
     """
-    memory = abstract_memory(sampler, params, batch, sharding)
+    memory = abstract_memory(sampler, weights, batch, sharding)
     shardings: Any = None
     if sharding is not None:
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -259,7 +271,7 @@ def trace_step(
     seed = jax.ShapeDtypeStruct((), np.uint32)
 
     def draw_blocks(
-        params: Params,
+        weights: AnyParams,
         memory: Memory,
         seed: Array,
         indices: Int[Array, "b"],
@@ -268,16 +280,16 @@ def trace_step(
         given: Int[Array, "b n"],
     ) -> tuple[Memory, Filled]:
         with by_rows(sharding):
-            return sampler.advance(params, sequence_keys(seed, indices, attempts), memory, first, given)
+            return sampler.advance(weights, sequence_keys(seed, indices, attempts), memory, first, given)
 
     program = jax.jit(draw_blocks, donate_argnums=1, out_shardings=shardings)
-    return program.trace(params, memory, seed, number, number, number, given)
+    return program.trace(weights, memory, seed, number, number, number, given)
 
 
-def abstract_memory(sampler: Sampler, params: Params, batch: int, sharding: NamedSharding | None = None) -> Memory:
+def abstract_memory(sampler: Sampler, weights: AnyParams, batch: int, sharding: NamedSharding | None = None) -> Memory:
     """Shapes of what is kept of `batch` sequences, with shardings where a mesh splits them; see `trace_step`."""
     row = np.zeros(sampler.canvas_length, np.int32)
-    fresh = jax.eval_shape(lambda params: sampler.start(params, row, 0), params)
+    fresh = jax.eval_shape(lambda weights: sampler.start(weights, row, 0), weights)
     memory = jax.tree.map(_abstract, jax.eval_shape(lambda fresh: fresh.tile(batch), fresh))
     if sharding is None:
         return memory
@@ -319,7 +331,9 @@ def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) 
             shape = (*leaf.shape[:BATCH], batch, *leaf.shape[BATCH + 1 :])
             return spec(mesh, logical[-leaf.ndim :], shape)
 
-        cache = KVCache(jax.tree.map(split, cache.keys), jax.tree.map(split, cache.values), sharding)  # type: ignore[arg-type]
+        whole: Any = NamedSharding(mesh, PartitionSpec())
+        rows: Any = sharding
+        cache = KVCache(jax.tree.map(split, cache.keys), jax.tree.map(split, cache.values), rows, whole)
     return Memory(cache, sharding)  # type: ignore[arg-type]
 
 

@@ -92,7 +92,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
 
     `WORKDIR/samples.jsonl` always holds the newest samples, one object a line (see `Sample`), written as they are
     drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number. Batches and
-    parameters are split over `config.mesh`; every host has all samples, the first prints and writes them.
+    parameters are split over `config.mesh`; every process has all samples, the first prints and writes them.
 
     Args:
       config: all settings.
@@ -123,7 +123,8 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
 
     samples: list[Sample] = []
     path, kept, first = workdir / FILE_NAME, None, jax.process_index() == 0
-    watcher = Watch(tokenizer) if watch and first else None
+    # Every process draws block by block, or none.
+    watcher = (Watch(tokenizer) if first else lambda drawn: None) if watch else None
     together = batch_size(c, model) if not watch else batch_shards(mesh)
     traces: list[Trace] = []
     with tqdm(total=c.num_samples, unit=" samples", file=sys.stderr, disable=not first or watch) as progress:

@@ -13,7 +13,7 @@ from bd3_jax.config import SamplingConfig
 from bd3_jax.diffusion import objectives
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.transformer import AnyParams, Params
 from bd3_jax.sampling import analytic
 from bd3_jax.sampling.block import Filled, Layout, fill_blocks
 from bd3_jax.sampling.confidence import EntropyBounded, MostConfident, Remasking, Threshold
@@ -116,7 +116,7 @@ class Sampler:
             row[: len(given)] = [mask if token is None else token for token in given]
         return canvas
 
-    def log_probs(self, params: Params, hidden: Float[Array, "*n d"]) -> Float[Array, "*n V"]:
+    def log_probs(self, params: AnyParams, hidden: Float[Array, "*n d"]) -> Float[Array, "*n V"]:
         """What AR and SUBS models say: temperature included, the mask excluded."""
         logits = self.model.network.unembed(params, hidden) / self.config.temperature
         return objectives.log_probs_without_mask(logits, self.model.ids.mask)
@@ -134,13 +134,17 @@ class Sampler:
             return Cached(network, size, capacity)
         return Windowed(network, size, window)
 
-    def start(self, params: Params, row: Int[np.ndarray, "S"], index: int) -> Memory:
+    def freeze(self, params: Params) -> AnyParams:
+        """The parameters as `start` and `advance` want them: what follows from them alone is computed once."""
+        return params if self.model.objective == "sedd" else self._context.freeze(params)
+
+    def start(self, params: AnyParams, row: Int[np.ndarray, "S"], index: int) -> Memory:
         """What `advance` needs to know of the first `index` blocks of a row, which are finished; batch 1.
 
         Prompts of similar length share a compiled function.
         """
         if self.model.objective == "sedd":
-            return Memory(None, jnp.zeros((1, 0), jnp.int32))
+            return Memory(None, np.zeros((1, 0), np.int32))
         return self._context.start(params, row, index)
 
     def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Filled:
@@ -148,15 +152,15 @@ class Sampler:
 
         `drawing.draw` gives the same tokens, some blocks at a time.
         """
-        layout, batch = self.layout, canvas.shape[0]
-        memory = self.start(params, np.zeros(canvas.shape[1], np.int32), 0).tile(batch)
+        layout, batch, weights = self.layout, canvas.shape[0], self.freeze(params)
+        memory = self.start(weights, np.zeros(canvas.shape[1], np.int32), 0).tile(batch)
         first = jnp.zeros(batch, jnp.int32)
         if layout.stride == layout.size:
-            return self.advance(params, keys, memory, first, canvas)[1]
+            return self.advance(weights, keys, memory, first, canvas)[1]
         filled = []
         for number in range(layout.num_blocks):
             here = slice(number * layout.stride, number * layout.stride + layout.size)
-            memory, window = self.advance(params, keys, memory, first + number, canvas[:, here])
+            memory, window = self.advance(weights, keys, memory, first + number, canvas[:, here])
             canvas = canvas.at[:, here].set(window.tokens)
             fresh = slice(0 if number == 0 else layout.size - layout.stride, None)
             tokens, confidence, drawn_at = (x[:, fresh] for x in (window.tokens, window.confidence, window.drawn_at))
@@ -165,7 +169,7 @@ class Sampler:
 
     def advance(
         self,
-        params: Params,
+        weights: AnyParams,
         keys: PRNGKeyArray,
         memory: Memory,
         first: Int[Array, "b"],
@@ -173,22 +177,24 @@ class Sampler:
     ) -> tuple[Memory, Filled]:
         """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments.
 
+        `weights` are those of `freeze`.
         One compiled function serves every prompt and every length but those below K blocks. `memory` may be donated.
         """
         c, mask = self.config, self.model.ids.mask
         if self.model.objective == "sedd":
-            network, size = self.model.network, self.model.block_size
+            network, size, params = self.model.network, self.model.block_size, weights
+            assert isinstance(params, dict)  # as they are, see `freeze`
             return memory, analytic.sample(
                 lambda tokens, sigma: network.apply(params, tokens, size, sigma=sigma),
                 lambda hidden, sigma: _masked_log_score(network.unembed(params, hidden), sigma, mask),
                 c.num_steps, c.nucleus, mask, keys, given, self.model.batch_shards,
             )  # fmt: skip
         truncation = Truncation(c.nucleus, c.top_k)
-        denoiser = Denoiser(functools.partial(self.log_probs, params), truncation.draw, mask)
+        denoiser = Denoiser(functools.partial(self.log_probs, weights), truncation.draw, mask)
         # Where one block is the whole context, what is not wanted stays masked: it costs no calls.
         size = self.model.block_size
         wanted = min(size, c.max_length) if self.layout.num_blocks == 1 else size
-        return fill_blocks(self._context, denoiser, UPDATES[c.sampler](c), wanted, params, keys, memory, first, given)
+        return fill_blocks(self._context, denoiser, UPDATES[c.sampler](c), wanted, weights, keys, memory, first, given)
 
 
 def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mask: int) -> Float[Array, "*n V"]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax.sampling import categorical
+from bd3_jax.sampling.categorical import Square
 from bd3_jax.sampling.nucleus import kept, kept_top_k
 
 TRIES = 6
@@ -48,14 +49,14 @@ class Truncation:
         By rejection: whether one token is kept takes one pass over the vocabulary, to find out which all are takes
         thirty. A sequence that is still without a token after a few tries draws from the truncated distribution.
         """
+        square = Square.of(log_probs)
         if self.keeps_all:
-            return categorical.draw(keys, log_probs)
-        probs = jnp.exp(log_probs)
+            return square.draw(keys)
 
         def attempt(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             tries, tokens, accepted = state
-            drawn = categorical.draw(categorical.fold_in(keys, tries), log_probs)
-            return tries + 1, jnp.where(accepted, tokens, drawn), accepted | self._keeps(probs, drawn)
+            drawn = square.draw(categorical.fold_in(keys, tries))
+            return tries + 1, jnp.where(accepted, tokens, drawn), accepted | self._keeps(square, drawn)
 
         start = jnp.zeros((), jnp.int32), jnp.zeros(keys.shape, jnp.int32), jnp.zeros(keys.shape, bool)
         going_on = lambda state: (state[0] < TRIES) & ~state[2].all()
@@ -66,15 +67,16 @@ class Truncation:
             lambda: jnp.where(accepted, tokens, categorical.draw(categorical.fold_in(keys, TRIES), self(log_probs))),
         )
 
-    def _keeps(self, probs: Float[Array, "b V"], tokens: Int[Array, "b"]) -> Bool[Array, "b"]:
+    def _keeps(self, square: Square, tokens: Int[Array, "b"]) -> Bool[Array, "b"]:
         """Whether a token is kept: from what stands before it in a stable descending sort."""
+        flat = square.weights.reshape(len(tokens), -1)
         token = tokens[:, None]
-        own, vocab = jnp.take_along_axis(probs, token, axis=1), jnp.arange(probs.shape[1])
-        before = (probs > own) | ((probs == own) & (vocab < token))
-        rank = before.sum(axis=1)
-        stays = jnp.where(before, probs, 0).sum(axis=1) + own[:, 0] <= self.nucleus
-        if self.nucleus == 1:
-            stays = jnp.ones_like(stays)
+        own = jnp.take_along_axis(flat, token, axis=1)
+        before = (flat > own) | ((flat == own) & (jnp.arange(flat.shape[1]) < token))
+        above = jnp.where(before, flat, 0).sum(axis=1)
+        stays = jnp.ones(tokens.shape, bool)
+        if self.nucleus < 1:
+            stays &= above + own[:, 0] <= self.nucleus * square.rows.sum(axis=1)
         if self.top_k:
-            stays &= rank < self.top_k
-        return stays | (rank == 0)
+            stays &= before.sum(axis=1) < self.top_k
+        return stays | (above == 0)  # the first always stays

@@ -39,11 +39,25 @@ class Filling(NamedTuple):
     confidence: Float[Array, "b B"]
 
 
-class Update(Protocol):
-    """Steps of one network call are taken until no sequence is `unfinished`.
+class Call(NamedTuple):
+    """A network call, as a step sees it.
 
-    `masked` are the positions still to be drawn; a step changes no others, but for those that it has drawn itself.
+    denoiser: what the model says.
+    keys: for the draws of this step.
+    filling: the block so far.
+    masked: positions still to be drawn; a step changes no others, but for those that it has drawn itself.
+    hidden: hidden states at the `positions` that were asked for.
     """
+
+    denoiser: Denoiser
+    keys: PRNGKeyArray  # [b]
+    filling: Filling
+    masked: Bool[Array, "b B"]
+    hidden: Float[Array, "b n d"]
+
+
+class Update(Protocol):
+    """Steps of one network call are taken until no sequence is `unfinished`; `masked` as in `Call`."""
 
     def init(self, keys: PRNGKeyArray, masked: Bool[Array, "b B"]) -> Any:
         """What the steps of a block carry along, a pytree. `keys` is `[b]`."""
@@ -51,16 +65,8 @@ class Update(Protocol):
     def positions(self, masked: Bool[Array, "b B"], carry: Any) -> Int[Array, "b n"] | None:
         """Where the next step wants hidden states, if it can tell before it has seen any; None: everywhere."""
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        keys: PRNGKeyArray,
-        filling: Filling,
-        masked: Bool[Array, "b B"],
-        hidden: Float[Array, "b n d"],
-        carry: Any,
-    ) -> tuple[Filling, Any]:
-        """Draws some of the masked tokens, given hidden states at `positions`."""
+    def step(self, call: Call, carry: Any) -> tuple[Filling, Any]:
+        """Draws some of the masked tokens."""
 
     def unfinished(self, masked: Bool[Array, "b B"], carry: Any) -> Bool[Array, "b"]:
         """Which sequences need another step."""
@@ -87,18 +93,10 @@ class FirstHitting(UntilNoneIsMasked):
     def positions(self, masked: Bool[Array, "b B"], carry: Int[Array, "b B"]) -> Int[Array, "b 1"]:
         return jnp.where(masked, carry, masked.shape[1]).argmin(axis=1)[:, None]
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        keys: PRNGKeyArray,
-        filling: Filling,
-        masked: Bool[Array, "b B"],
-        hidden: Float[Array, "b 1 d"],
-        carry: Int[Array, "b B"],
-    ) -> tuple[Filling, Int[Array, "b B"]]:
-        position = self.positions(masked, carry)
-        here = masked & (jnp.arange(masked.shape[1]) == position)
-        return _draw(denoiser, keys, filling, hidden[:, 0], here), carry
+    def step(self, call: Call, carry: Int[Array, "b B"]) -> tuple[Filling, Int[Array, "b B"]]:
+        position = self.positions(call.masked, carry)
+        here = call.masked & (jnp.arange(call.masked.shape[1]) == position)
+        return _draw(call.denoiser, call.keys, call.filling, call.hidden[:, 0], here), carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +117,10 @@ class Ancestral(UntilNoneIsMasked):
     def positions(self, masked: Bool[Array, "b B"], carry: Int[Array, "b B"]) -> None:
         return None
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        keys: PRNGKeyArray,
-        filling: Filling,
-        masked: Bool[Array, "b B"],
-        hidden: Float[Array, "b B d"],
-        carry: Int[Array, "b B"],
-    ) -> tuple[Filling, Int[Array, "b B"]]:
-        times = jnp.where(masked, carry, self.num_steps)
-        due = masked & (times == times.min(axis=1, keepdims=True))
-        return fill(denoiser, keys, filling, hidden, due), carry
+    def step(self, call: Call, carry: Int[Array, "b B"]) -> tuple[Filling, Int[Array, "b B"]]:
+        times = jnp.where(call.masked, carry, self.num_steps)
+        due = call.masked & (times == times.min(axis=1, keepdims=True))
+        return fill(call.denoiser, call.keys, call.filling, call.hidden, due), carry
 
 
 def fill(

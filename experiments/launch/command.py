@@ -28,14 +28,18 @@ def parser(usage: str | None) -> argparse.ArgumentParser:
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The script's own flags, and those of `bd3 train`, which must name a config and a workdir. Status 2 otherwise."""
-    own, train = made.parse_known_args(argv)
-    for name in ("config", "workdir"):
-        if not any(re.match(rf"--{name}=.", flag) for flag in train):
-            made.error(f"--{name}=... is missing; it goes to bd3 train")
-    if wrong := [flag for flag in train if not re.match(r"--\w", flag)]:
-        made.error(f"unexpected argument {wrong[0]!r}; flags of bd3 train are --NAME=VALUE")
-    return own, train
+    """The script's own flags, and those of `bd3 train`, which must name a config and a workdir. Status 2 otherwise.
+
+    A script with a flag --mode may run another verb, which finds its settings in the workdir.
+    """
+    own, given = made.parse_known_args(argv)
+    verb = getattr(own, "mode", "train")
+    for name in ("config", "workdir") if verb == "train" else ("workdir",):
+        if not any(re.match(rf"--{name}=.", flag) for flag in given):
+            made.error(f"--{name}=... is missing; it goes to bd3 {verb}")
+    if wrong := [flag for flag in given if not re.match(r"--\w", flag)]:
+        made.error(f"unexpected argument {wrong[0]!r}; flags of bd3 {verb} are --NAME=VALUE")
+    return own, given
 
 
 def value(train: Sequence[str], name: str) -> str:

@@ -1,6 +1,7 @@
 """Trains in several processes on this machine, which find each other over loopback: to try out what a pod does.
 
 python experiments/launch/local.py --processes=2 --config=configs/quickstart.py:bd3lm,block_size=8 --workdir=runs/two
+python experiments/launch/local.py --processes=2 --mode=sample --workdir=runs/two   # or --mode=eval
 
 On a CPU they speak through gloo. Ends with the highest status of the processes. --check first compiles the config for
 cpu:2, or as many as --processes says; where it does not fit, nothing is started.
@@ -18,12 +19,14 @@ from typing import IO
 import command
 
 
-def start(processes: int, train: Sequence[str], output: Sequence[IO[str] | None]) -> list[subprocess.Popen[str]]:
-    """Starts `bd3 train` with these flags so many times, each with its number and the address of the first."""
+def start(
+    processes: int, flags: Sequence[str], output: Sequence[IO[str] | None], mode: str = "train"
+) -> list[subprocess.Popen[str]]:
+    """Starts `bd3 MODE` with these flags so many times, each with its number and the address of the first."""
     coordinator = free_address()
     return [
         subprocess.Popen(
-            train_command(train),
+            bd3(mode, flags),
             env=os.environ | environment(coordinator, processes, index),
             stdout=output[index],
             stderr=subprocess.STDOUT if output[index] else None,
@@ -33,8 +36,8 @@ def start(processes: int, train: Sequence[str], output: Sequence[IO[str] | None]
     ]
 
 
-def train_command(train: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "bd3_jax.cli", "train", *train]
+def bd3(mode: str, flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "bd3_jax.cli", mode, *flags]
 
 
 def environment(coordinator: str, processes: int, index: int) -> dict[str, str]:
@@ -54,19 +57,22 @@ def free_address() -> str:
 def main(argv: Sequence[str]) -> int:
     made = command.parser(__doc__)
     made.add_argument("--processes", type=int, default=2)
-    own, train = command.parse(made, argv)
+    made.add_argument("--mode", choices=("train", "eval", "sample"), default="train")
+    own, flags = command.parse(made, argv)
     if not 1 <= own.processes <= 64:
         made.error(f"--processes is {own.processes}; allowed: 1 to 64")
-    if status := command.run(command.check(made, own, train, f"cpu:{own.processes}"), own.dry_run):
+    if own.check and own.mode != "train":
+        made.error("--check is for --mode=train")
+    if status := command.run(command.check(made, own, flags, f"cpu:{own.processes}"), own.dry_run):
         return status
     if own.dry_run:
         for index in range(own.processes):
             settings = [
                 f"{name}={value}" for name, value in environment("127.0.0.1:PORT", own.processes, index).items()
             ]
-            print(" ".join([*settings, shlex.join(train_command(train))]))
+            print(" ".join([*settings, shlex.join(bd3(own.mode, flags))]))
         return 0
-    running = start(own.processes, train, [None] * own.processes)
+    running = start(own.processes, flags, [None] * own.processes, own.mode)
     signal.signal(signal.SIGTERM, lambda number, frame: [process.send_signal(number) for process in running])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all of them, and they save first
     return max(abs(process.wait()) for process in running)

@@ -72,7 +72,7 @@ def test_what_is_compiled_is_what_samples(string, toy_lm, random_params):
     for slots in (ours, theirs):
         slots.begin({slot: slots.new(slot) for slot in range(4)})
     assert program.held["context of samples"] == sum(leaf.nbytes for leaf in jax.tree.leaves(ours._memory))
-    _, filled = program.traced.lower().compile()(params, ours._memory, *ours._inputs())
+    _, filled = program.traced.lower().compile()(ours._weights, ours._memory, *ours._inputs())
     np.testing.assert_array_equal(filled.tokens, [drawn.row for drawn in theirs.step()])
 
 

@@ -103,6 +103,13 @@ def test_a_config_that_does_not_fit_is_not_started(launch, tmp_path):
     assert ended.returncode == 2
 
 
+def test_local_processes_may_do_something_else_with_a_workdir(launch):
+    ended, _ = launch("local", "--dry-run", "--processes=2", "--mode=sample", "--workdir=runs/a", "--trace")
+    assert [line.split("bd3_jax.cli ")[1] for line in ended.stdout.splitlines()] == [
+        "sample --workdir=runs/a --trace"
+    ] * 2
+
+
 def test_what_a_pod_is_told(launch):
     ended, calls = launch("tpu_pod", *SCRIPTS["tpu_pod"], "--create=v5litepod-16", "--spot", "--install", *TRAIN)
     assert ended.returncode == 0, ended.stderr
@@ -138,6 +145,7 @@ MISTAKES = [
     ("multi_gpu", ["--gpus=4", *TRAIN], "nvidia-smi lists 0"),
     ("multi_gpu", ["--gpus=4", *TRAIN, "--config.mesh.data=2"], "follow from --gpus"),
     ("local", ["--processes=0", *TRAIN], "--processes is 0; allowed: 1 to 64"),
+    ("local", ["--mode=sample", "--check", *TRAIN], "--check is for --mode=train"),
 ]
 
 

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,38 +6,57 @@ import pytest
 from bd3_jax.models.kv_cache import KVBlock, KVCache
 
 
-def empty(capacity, batch=2):
-    return KVCache(jnp.zeros((1, batch, 1, capacity, 1)), jnp.zeros((1, batch, 1, capacity, 1)), jnp.zeros(batch, int))
+def empty(capacity, lengths=(0, 0)):
+    keys = jnp.zeros((1, len(lengths), 1, capacity, 1))
+    return KVCache(keys, keys, jnp.array(lengths), jnp.array(0))
 
 
-def block(values):
+def block(values, batch=2):
     """The same numbers for every sequence; values are the negated keys."""
-    keys = jnp.broadcast_to(jnp.asarray(values, float)[:, None], (1, 2, 1, len(values), 1))
+    keys = jnp.broadcast_to(jnp.asarray(values, float)[:, None], (1, batch, 1, len(values), 1))
     return KVBlock(keys, -keys)
 
 
 def contents(cache, row):
-    """Stored keys in the order of the slots; checks that values go with them."""
-    keys = np.asarray(cache.keys[0, row, 0, :, 0])[np.asarray(cache.valid[row])]
-    np.testing.assert_array_equal(np.asarray(cache.values[0, row, 0, :, 0])[np.asarray(cache.valid[row])], -keys)
-    return keys.tolist()
+    """Keys that a sequence sees, the oldest first; checks that values go with them."""
+    keys, values, valid = (
+        np.roll(np.ravel(slots), -int(cache.end))
+        for slots in (cache.keys[0, row], cache.values[0, row], cache.valid[row])
+    )
+    np.testing.assert_array_equal(values[valid], -keys[valid])
+    return keys[valid].tolist()
 
 
-def test_every_sequence_has_a_place_of_its_own():
-    cache = empty(6).append(block([1, 2]))
-    cache = dataclasses.replace(cache, length=jnp.array([2, 0])).append(block([3, 4]))
+def test_a_sequence_sees_what_it_has_stored_since_it_began():
+    cache = empty(6, lengths=(0, -2)).append(block([1, 2])).append(block([3, 4]))
     assert contents(cache, 0) == [1, 2, 3, 4]
     assert contents(cache, 1) == [3, 4]
     assert cache.length.tolist() == [4, 2]
 
 
 def test_the_oldest_block_is_overwritten():
-    cache, append = dataclasses.replace(empty(6), length=jnp.array([0, 2])), jax.jit(KVCache.append)
+    cache, append = empty(6, lengths=(0, -6)), jax.jit(KVCache.append)
     for n in range(5):
         cache = append(cache, block([2 * n, 2 * n + 1]))
-    assert contents(cache, 0) == [6, 7, 8, 9, 4, 5]
-    assert contents(cache, 1) == [4, 5, 6, 7, 8, 9]
-    assert cache.length.tolist() == [10, 12]
+    assert contents(cache, 0) == [4, 5, 6, 7, 8, 9]
+    assert contents(cache, 1) == [6, 7, 8, 9]
+    assert cache.length.tolist() == [10, 4]
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 4])
+def test_a_sequence_may_take_the_place_of_another(before):
+    """Wherever the ring stands when it comes."""
+    cache, other = empty(6), empty(6, lengths=(0,)).begin(block([1, 2, 3, 4, 0, 0], batch=1), jnp.array([4]))
+    assert contents(other, 0) == [1, 2, 3, 4]
+    for n in range(before):
+        cache = cache.append(block([20 + n, 30 + n]))
+    alone = contents(cache, 0)
+    cache = cache.select(jnp.array([False, True]), other)
+    assert contents(cache, 0) == alone
+    assert contents(cache, 1) == [1, 2, 3, 4]
+    cache = cache.append(block([5, 6])).append(block([7, 8]))
+    assert contents(cache, 0) == [*alone, 5, 6, 7, 8][-6:]
+    assert contents(cache, 1) == [3, 4, 5, 6, 7, 8]
 
 
 def test_no_capacity_keeps_nothing():

@@ -1,5 +1,10 @@
+import jax
 import pytest
 
+from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints.orbax import Checkpoints
+from bd3_jax.data.tokenizers import bytes_tokenizer
+from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling.sampler import Sampler
 from tests.sampling.settings import sampling_config
 
@@ -11,3 +16,19 @@ def make(toy_lm, random_params):
         return Sampler(lm, sampling_config(objective, **fields)), random_params(lm)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def make_run(random_params):
+    """Writes a run of one checkpoint, step 5, whose averaged and raw weights differ; its tokenizer is that of bytes."""
+
+    def write(config, workdir):
+        lm = LanguageModel.from_config(config, bytes_tokenizer().ids)
+        run_folder.write_config(config, workdir)
+        bytes_tokenizer().save(workdir / "tokenizer")
+        checkpoints = Checkpoints(workdir, keep=1)
+        state = {"ema": random_params(lm, seed=1), "params": random_params(lm, seed=2)}
+        checkpoints.save(5, jax.tree.map(jax.numpy.asarray, state), {"rows": 0})
+        checkpoints.close()
+
+    return write

@@ -38,9 +38,9 @@ def test_a_plain_gumbel_loses_the_thin_tail():
     """What `draw` is there to avoid, and a proof that the test above can fail."""
     log_probs = thin_tail()
     gumbel = lambda key: -jnp.log(-jnp.log(jax.random.uniform(key, (V,), minval=1e-10)))
-    few = jax.random.split(jax.random.key(1), 8000)
+    few = jax.random.split(jax.random.key(1), 5000)
     tokens = jax.lax.map(lambda key: (log_probs + gumbel(key)).argmax(), few, batch_size=50)
-    assert stats.binomtest(int((tokens != 40_000).sum()), 8000, 0.002).pvalue < 1e-3
+    assert stats.binomtest(int((tokens != 40_000).sum()), 5000, 0.002).pvalue < 1e-3
 
 
 def test_tail_groups_of_known_probability():
@@ -74,8 +74,9 @@ def test_every_token_of_a_small_vocabulary(vocab_size):
 def test_a_draw_depends_on_its_own_key_only():
     keys = jax.random.split(jax.random.key(3), 6)
     log_probs = jax.random.normal(jax.random.key(4), (6, 2001))
-    together = categorical.draw(keys, log_probs)
-    alone = [categorical.draw(keys[i : i + 1], log_probs[i : i + 1])[0] for i in range(6)]
+    draw = jax.jit(categorical.draw)
+    together = draw(keys, log_probs)
+    alone = [draw(keys[i : i + 1], log_probs[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(together, alone)
 
 

@@ -12,7 +12,7 @@ from bd3_jax.sampling import analytic, block, categorical
 from bd3_jax.sampling.confidence import EntropyBounded, MostConfident, Remasking, Threshold
 from bd3_jax.sampling.contexts import Memory, Windowed, WindowedNextToken
 from bd3_jax.sampling.truncation import Truncation
-from bd3_jax.sampling.updates import Ancestral, Denoiser, Filling, FirstHitting
+from bd3_jax.sampling.updates import Ancestral, Call, Denoiser, Filling, FirstHitting
 from tests.sampling import toy
 
 N = 50_000
@@ -77,7 +77,7 @@ def test_first_hitting_has_the_enumerated_distribution(block_size, p, row):
     assert (samples.nfe.sum(1) == row.count(toy.MASK)).all()
 
 
-@pytest.mark.parametrize(("block_size", "p"), [(4, 1.0), (4, 0.8), (2, 1.0)])
+@pytest.mark.parametrize(("block_size", "p"), [(4, 0.8), (2, 1.0)])
 def test_ancestral_has_the_enumerated_distribution_and_tends_to_first_hitting(block_size, p):
     table = toy.random_table(2)
     limit = toy.first_hitting(toy.nucleus(table, p), ALL_MASKED, block_size)
@@ -183,7 +183,8 @@ def take_steps(keys, canvas, log_table, update, taken):
     for step in range(taken):
         masked = filling.tokens == toy.MASK
         hidden = log_table[filling.tokens @ toy.INDEX]
-        filling, carry = update.step(denoiser, categorical.fold_in(keys, step), filling, masked, hidden, carry)
+        call = Call(denoiser, categorical.fold_in(keys, step), filling, masked, hidden)
+        filling, carry = update.step(call, carry)
     return filling.tokens
 
 

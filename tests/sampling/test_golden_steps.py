@@ -1,5 +1,6 @@
 """The authors' step probabilities (tests/golden/README.md)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def test_ancestral_mdlm(golden, name):
     context = Windowed(g.lm.network, 16, 16)
     x = jnp.asarray(g["ddpm_x"])
     memory = Memory(None, jnp.zeros_like(x))
-    p_x0, q = ancestral_probs(g, context.look(g.params, memory, jnp.zeros(len(x), jnp.int32), x, None))
+    look = jax.jit(lambda params, memory, x: context.look(params, memory, jnp.zeros(len(x), jnp.int32), x, None))
+    p_x0, q = ancestral_probs(g, look(g.params, memory, x))
     masked = g["ddpm_x"] == g.lm.ids.mask
     assert_agree(p_x0[masked], g["ddpm_p_x0_nucleus"][masked])
     assert_agree(q[masked], g["ddpm_q_xs"][masked])
@@ -42,11 +44,9 @@ def test_ancestral_bd3lm(golden, name, kv_cache):
     size, network = g.lm.block_size, g.lm.network
     x, last = jnp.asarray(g["ddpm_x"]), 16 // size - 1
     context = Cached(network, size, 16 - size) if kv_cache else Windowed(network, size, 16)
-    rows = [context.start(g.params, np.asarray(row), last) for row in x]
-    hidden = [
-        context.first(g.params, row, jnp.full(1, last), tokens[None, 16 - size :], None)[0]
-        for row, tokens in zip(rows, x, strict=True)
-    ]
+    params = context.freeze(g.params)
+    first = jax.jit(lambda memory, tokens: context.first(params, memory, jnp.full(1, last), tokens, None)[0])
+    hidden = [first(context.start(params, np.asarray(row), last), row[None, 16 - size :]) for row in x]
     _, q = ancestral_probs(g, jnp.concatenate(hidden))
     masked = g["ddpm_x"][:, 16 - size :] == g.lm.ids.mask
     assert_agree(q[masked], g["ddpm_q_xs"][masked])

@@ -49,8 +49,8 @@ def test_a_sample_depends_on_seed_and_index_only(make, objective, block_size):
     sampler, params = make(objective, block_size)
     together = draw(sampler, params).tokens
     for index, prompt in enumerate(PROMPTS):
-        alone = draw(sampler, params, [prompt], [index]).tokens[0]
-        np.testing.assert_array_equal(alone, together[index])
+        among_others = draw(sampler, params, [[7], prompt, [], [1] * 9], [8, index, 5, 6]).tokens[1]
+        np.testing.assert_array_equal(among_others, together[index])
     shuffled = draw(sampler, params, PROMPTS[::-1], [3, 2, 1, 0]).tokens
     np.testing.assert_array_equal(shuffled[::-1], together)
     assert (draw(sampler, params, seed=1).tokens != together).any()
@@ -89,7 +89,7 @@ def test_cache_and_window_agree_beyond_the_context_where_keys_hold_one_token_eac
     np.testing.assert_array_equal(with_cache.tokens[:, :12], draw(make(objective, block_size, 1)[0], params).tokens)
 
 
-@pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("bd3lm", 12), ("mdlm", 0)])
+@pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("mdlm", 0)])
 def test_windows_beyond_the_context(make, objective, block_size):
     """One ancestral step, greedy: each window's new tokens are the network's first choice given the window."""
     sampler, params = make(
@@ -122,14 +122,6 @@ def test_the_surplus_of_the_last_block_is_cut(make, objective, block_size):
     sampler, params = make(objective, block_size, max_length=10)
     whole = draw(change(sampler, max_length=12), params)
     np.testing.assert_array_equal(draw(sampler, params).tokens, whole.tokens[:, :10])
-
-
-def test_one_compiled_function_for_every_prompt(make):
-    sampler, params = make("bd3lm", 4)
-    draw(sampler, params)
-    count = compiled._cache_size()
-    draw(sampler, params, [[1], [1, 2, 3], [9], [4] * 11])
-    assert compiled._cache_size() == count
 
 
 def test_positions_may_be_given_anywhere(make):

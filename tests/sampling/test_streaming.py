@@ -22,7 +22,7 @@ def model(request, toy_lm, random_params):
 def test_pieces_are_the_text(model):
     sampler, params = model
     row = sampler.canvas([TOKENIZER.encode("Ab")])[0]
-    (whole,) = draw(sampler, params, row, 1, 1)
+    (whole,) = draw(sampler, params, row, 1, 1, watch=lambda drawn: None)
     told = list(pieces(sampler, params, row, TOKENIZER))
     assert "".join(told) == TOKENIZER.decode(whole.tokens[1:])
     assert len(told) > 3

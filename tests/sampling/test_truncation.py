@@ -42,8 +42,17 @@ def test_both_together_keep_what_both_keep():
     assert Truncation()(log_probs) is log_probs
 
 
-@pytest.mark.parametrize("tries", [0, 1, truncation.TRIES])
-@pytest.mark.parametrize(("p", "k"), [(0.9, 0), (0.5, 0), (1e-6, 0), (1.0, 3), (0.8, 5), (1.0, 0)])
+@pytest.mark.parametrize(
+    ("p", "k", "tries"),
+    [
+        *((0.5, 0, tries) for tries in (0, 1, truncation.TRIES)),
+        (0.9, 0, truncation.TRIES),
+        (1e-6, 0, 1),
+        (1.0, 3, 1),
+        (0.8, 5, truncation.TRIES),
+        (1.0, 0, truncation.TRIES),
+    ],
+)
 def test_draws_have_the_truncated_distribution(p, k, tries, monkeypatch):
     """Whatever share of them rejection finds."""
     monkeypatch.setattr(truncation, "TRIES", tries)
@@ -53,7 +62,8 @@ def test_draws_have_the_truncated_distribution(p, k, tries, monkeypatch):
         expected[np.argsort(-probs)[k:]] = 0
         expected /= expected.sum()
     log_probs = jnp.broadcast_to(jnp.log(jnp.asarray(probs, jnp.float32)), (20_000, 30))
-    tokens = jax.jit(lambda keys: Truncation(p, k).draw(keys, log_probs))(jax.random.split(jax.random.key(1), 20_000))
+    draw = jax.jit(lambda keys, log_probs: Truncation(p, k).draw(keys, log_probs))  # not seen before, so traced anew
+    tokens = draw(jax.random.split(jax.random.key(1), 20_000), log_probs)
     observed = np.bincount(tokens, minlength=30)
     assert observed[expected == 0].sum() == 0
     likely = expected * 20_000 > 5
@@ -67,6 +77,7 @@ def test_draws_have_the_truncated_distribution(p, k, tries, monkeypatch):
 def test_a_draw_depends_on_its_own_key_only():
     log_probs = jax.nn.log_softmax(3 * jax.random.normal(jax.random.key(0), (6, 500)))
     keys = jax.random.split(jax.random.key(1), 6)
-    together = Truncation(0.5).draw(keys, log_probs)
-    alone = [Truncation(0.5).draw(keys[i : i + 1], log_probs[i : i + 1])[0] for i in range(6)]
+    draw = jax.jit(Truncation(0.5).draw)
+    together = draw(keys, log_probs)
+    alone = [draw(keys[i : i + 1], log_probs[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(together, alone)

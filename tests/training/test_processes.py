@@ -18,11 +18,12 @@ from local import start
 
 pytestmark = pytest.mark.slow
 
-# With everything that could differ between processes: microbatches and the search.
+# With everything that could differ between processes: microbatches, the search and samples.
 SETTINGS = {
     "training.num_steps": 12, "training.eval_every": 6, "training.checkpoint_every": 2, "training.microbatches": 2,
     "training.batch_size": 16, "search.enabled": True, "search.batch_size": 8, "search.num_batches": 1,
-    "search.widths": (0.9,), "eval.num_batches": 1,
+    "search.widths": (0.9,), "eval.num_batches": 1, "training.sample_every": 6, "sampling.num_samples": 3,
+    "sampling.batch_size": 4,
 }  # fmt: skip
 
 # A busy machine may stop a process for longer than a run on its own machines should wait.
