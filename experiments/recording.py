@@ -1,6 +1,7 @@
 """What experiments record: experiments/results/NAME/, with figures, settings, commit and machine.
 
-    results.json   a list of cells, one measurement each: settings, figures, the whole config, commit, machine, seconds
+    results.json   a list of cells, one measurement each: settings, figures, the whole config, command, commit, machine,
+                   seconds
     table.md       the figures for a reader
     NAME.png       where a picture says more
 
@@ -11,7 +12,9 @@ where it was. To measure anew, remove the folder.
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -69,13 +72,14 @@ class Recording:
 
 
 def environment(on_devices: bool) -> dict[str, Any]:
-    """The commit, the machine, versions. Devices are named where `on_devices`."""
+    """The command, the commit, the machine, versions. Devices are named where `on_devices`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
     if on_devices:
         machine["devices"] = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    return {"commit": _commit(), "machine": machine, "versions": versions}
+    command = shlex.join(["python", *sys.argv])
+    return {"command": command, "commit": _commit(), "machine": machine, "versions": versions}
 
 
 def _processor() -> str:

@@ -63,10 +63,15 @@ def held_out(model: Pretrained, count: int) -> dict[str, Any]:
     return {"texts": [model.text_tokenizer().decode(row[1:].tolist()) for row in rows]}
 
 
-def draw_all(recording: Recording, workdir: str, count: int) -> None:
+def draw_all(recording: Recording, workdir: str, only: list[str], count: int) -> None:
     model = bd3_jax.load_pretrained(workdir)
     config, common = model.config.to_dict(), {"num_samples": count, "step": model.step}
-    for name, settings in samplers(model.model.block_size).items():
+    every = samplers(model.model.block_size)
+    if unknown := set(only) - set(every):
+        raise UserError(f"--only={unknown.pop()}: no such sampler; allowed: {'; '.join(every)}")
+    for name, settings in every.items():
+        if only and name not in only:
+            continue
         recording.cell(
             {"text": name, **common, **settings}, config, lambda settings=settings: draw(model, count, settings)
         )
@@ -138,6 +143,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", help="a run to draw from")
     parser.add_argument("--judge", help="a causal language model")
     parser.add_argument("--num_samples", type=int, default=32, help="texts for each sampler")
+    parser.add_argument("--only", action="append", default=[], metavar="SAMPLER", help="as it stands in the table")
     parser.add_argument("--out", type=Path, default=RESULTS / "samplers")
     own = parser.parse_args(argv)
     if not (own.workdir or own.judge):
@@ -146,7 +152,7 @@ def main(argv: list[str]) -> None:
     recording = Recording(own.out)
     try:
         if own.workdir:
-            draw_all(recording, own.workdir, own.num_samples)
+            draw_all(recording, own.workdir, own.only, own.num_samples)
         if own.judge:
             judge_all(recording, own.judge)
     finally:

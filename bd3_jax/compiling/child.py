@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bd3_jax import config as settings
-from bd3_jax.compiling import hlo, targets
+from bd3_jax.compiling import hlo, targets, traffic
 from bd3_jax.compiling.programs import largest_values, trace
 from bd3_jax.compiling.report import Report, advice
 from bd3_jax.errors import UserError
@@ -30,8 +30,9 @@ def compile_program(
     program = trace(config, mode, devices, chip.platform, vocab_size)
     lowered = program.traced.lower()
     lowered_at = time.perf_counter()
-    memory, needed = dict(program.held), None
+    memory, needed = {**program.beside, **program.held}, None
     cost: dict[str, Any] = {}
+    call_bytes = None
     text, message = "", ""
     try:
         compiled = lowered.compile()
@@ -42,6 +43,8 @@ def compile_program(
         needed = hlo.needed(message)
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text() or ""
+        if program.calls:
+            call_bytes = traffic.moved(text, program.calls.repeated) / program.calls.number
         memory["temporaries"] = stats.temp_size_in_bytes
         memory["batch and results"] = (
             stats.argument_size_in_bytes
@@ -70,6 +73,8 @@ def compile_program(
         compiler_flops=cost.get("flops"),
         compiler_bytes=cost.get("bytes accessed"),
         compiler_seconds=seconds if seconds is not None and seconds > 0 else None,
+        call_bytes=call_bytes,
+        call_floor=program.calls.floor if program.calls else None,
         cycles=hlo.estimated_cycles(text),
         collectives=hlo.collectives(text, len(devices)),
         largest=hlo.largest_buffers(message)

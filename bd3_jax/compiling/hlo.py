@@ -59,7 +59,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
     One in a loop counts as often as the loop turns, and once where the compiler does not know how often that is.
     """
-    lines, entry = _computations(text)
+    lines, entry = computations(text)
     totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
 
     def visit(name: str, times: int) -> None:
@@ -75,16 +75,16 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 for place, value in enumerate((1, sum(sizes), _traffic(kind, group, sum(sizes)))):
                     total[place] += times * value
                 continue
-            turns = _turns(line, lines) if " while(" in line else 1
+            often = (trips(line, lines) or 1) if " while(" in line else 1
             for one, several in _CALLED.findall(line):
-                for called in [one] if one else re.findall(r"[\w.-]+", several):
-                    visit(called, times * turns)
+                for name in [one] if one else re.findall(r"[\w.-]+", several):
+                    visit(name, times * often)
 
     visit(entry, 1)
     return [Collective(*key, *total) for key, total in sorted(totals.items(), key=lambda item: -item[1][2])]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation, and the name of the first to run."""
     lines: dict[str, list[str]] = {}
     name = entry = ""
@@ -99,16 +99,29 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return lines, entry
 
 
-def _turns(line: str, lines: dict[str, list[str]]) -> int:
-    """How often a `while` turns: as the compiler says, or its condition, a count from 0 to a constant; else 1."""
-    known = _TRIPS.search(line)
-    if known:
+def called(line: str, attribute: str) -> str:
+    """The computation that an instruction names as its `body`, `condition`, `calls` or `to_apply`."""
+    found = re.search(rf"{attribute}=%?([\w.-]+)", line)
+    assert found
+    return found[1]
+
+
+def branches(line: str) -> list[str]:
+    """The computations of a conditional."""
+    found = re.search(r"branch_computations=\{([^}]*)\}", line)
+    if found:
+        return re.findall(r"[\w.-]+", found[1])
+    return [called(line, "true_computation"), called(line, "false_computation")]
+
+
+def trips(line: str, lines: dict[str, list[str]]) -> int | None:
+    """How often a loop turns: as the compiler says, or as its condition does, counting from 0. None: not known."""
+    if known := _TRIPS.search(line):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    text = "\n".join(lines.get(condition[1], [])) if condition else ""
-    less = re.search(r" compare\(.+, (?:\S+ )?%?([\w.-]+)\), direction=LT", text)
-    limit = less and re.search(rf"%?{re.escape(less[1])} = s32\[\]\S* constant\((\d+)\)", text)
-    return int(limit[1]) if limit else 1
+    condition = "\n".join(lines.get(called(line, "condition"), []))
+    bound = re.search(r"ROOT .* compare\(.+, (?:\S+ )?%?([\w.-]+)\), direction=LT", condition)
+    limit = bound and re.search(rf"%?{re.escape(bound[1])} = s32\[\]\S* constant\((\d+)\)", condition)
+    return int(limit[1]) if limit else None
 
 
 def _group(line: str, devices: int) -> int:
@@ -134,7 +147,7 @@ def _traffic(kind: str, group: int, size: int) -> int:
 
 def estimated_cycles(text: str) -> int:
     """Sum of the cycles that the TPU compiler expects of its fusions, loops included; kernels have none."""
-    lines, entry = _computations(text)
+    lines, entry = computations(text)
 
     def cycles(name: str) -> int:
         total = 0
@@ -142,8 +155,7 @@ def estimated_cycles(text: str) -> int:
             own = re.search(r'"estimated_cycles":"(\d+)"', line)
             total += int(own[1]) if own else 0
             if " while(" in line:
-                body = re.search(r"body=%?([\w.-]+)", line)
-                total += _turns(line, lines) * (cycles(body[1]) if body else 0)
+                total += (trips(line, lines) or 1) * cycles(called(line, "body"))
         return total
 
     return cycles(entry)
@@ -157,7 +169,7 @@ def largest_buffers(message: str, count: int = 5) -> list[Buffer]:
 
 def largest_arrays(text: str, count: int = 5) -> list[Buffer]:
     """The largest arrays that instructions of an optimised HLO module make, each shape once."""
-    lines, _ = _computations(text)
+    lines, _ = computations(text)
     found: dict[str, Buffer] = {}
     fused = set(re.findall(r"kind=k\w+, calls=%?([\w.-]+)", text))
     for name, body in lines.items():

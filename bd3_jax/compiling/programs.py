@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from bd3_jax.data.corpora import get_corpus
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.models.transformer import Frozen
 from bd3_jax.sampling.drawing import abstract_memory, abstract_weights, trace_step
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
@@ -29,22 +31,40 @@ VOCABULARIES = {
 }
 
 
+class Calls(NamedTuple):
+    """The network calls of a program that samples, each of which draws a token of every row.
+
+    Attributes:
+      number: in a run.
+      repeated: of every block, after its first.
+      floor: bytes that a chip has to move for one, whatever it keeps: weights and context once.
+    """
+
+    number: int
+    repeated: int
+    floor: int
+
+
 class Program(NamedTuple):
     """A program for a machine.
 
     Attributes:
       traced: it, to be lowered.
-      held: bytes that one chip holds before it runs, by kind.
+      held: bytes of its arguments that one chip holds before it runs, by kind.
       rows: of its batch.
       flops: of its matrix products over all devices, see `product_flops`. Of train and eval the most: with the output
         layer at every position, though it is left out where nothing is masked. Of sample, where a block takes as many
         network calls as it needs, those after the first count as one.
+      beside: bytes by kind of what a chip holds all the same.
+      calls: where it samples a token a call, with keys and values kept.
     """
 
     traced: jax.stages.Traced
     held: dict[str, int]
     rows: int
     flops: float
+    beside: Mapping[str, int] = MappingProxyType({})
+    calls: Calls | None = None
 
 
 def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: str, vocab_size: int) -> Program:
@@ -82,10 +102,14 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     rows = config.sampling.batch_size
     split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
     sampler = Sampler.from_config(model, config.sampling)
-    weights = abstract_weights(sampler, params)
-    held = {"weights": _bytes(weights), "context of samples": _bytes(abstract_memory(sampler, weights, rows, split))}
-    traced = trace_step(sampler.program, weights, rows, sampler.blocks_per_call, split)
-    return Program(traced, held, rows, product_flops(traced.jaxpr))
+    weights, blocks, calls = abstract_weights(sampler, params), sampler.blocks_per_call, None
+    context = _bytes(abstract_memory(sampler, weights, rows, split))
+    traced = trace_step(sampler.program, weights, rows, blocks, split)
+    if isinstance(weights, Frozen) and config.sampling.sampler in ("first_hitting", "autoregressive"):
+        read = _bytes((weights.layers, weights.final, weights.output))  # but few rows of the embedding
+        calls = Calls(blocks * model.block_size, model.block_size - 1, read + context)
+    kinds = {"weights for sampling": _bytes(weights), "context of samples": context}
+    return Program(traced, kinds, rows, product_flops(traced.jaxpr), held, calls)
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:

@@ -42,6 +42,9 @@ class Report:
       advice: settings that would need less memory, where it does not fit.
       lower_seconds: of tracing and lowering.
       compile_seconds: of the compiler.
+      call_bytes: moved to and from HBM in a network call, on average, where each draws a token of every row; None
+        elsewhere.
+      call_floor: the weights and the context of the samples once.
     """
 
     topology: str
@@ -62,6 +65,8 @@ class Report:
     advice: list[str]
     lower_seconds: float
     compile_seconds: float
+    call_bytes: float | None = None
+    call_floor: int | None = None
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -99,6 +104,12 @@ class Report:
             lines.append(f"bytes moved: {self.compiler_bytes / 1e9:.1f} GB a chip, bodies of loops once")
         if self.compiler_seconds is not None:
             lines.append(f"the compiler's estimate: {self.compiler_seconds * 1e3:.1f} ms, bodies of loops once")
+        if self.call_bytes is not None and self.call_floor is not None:
+            rows, ratio = self.rows / self.chips, self.call_bytes / self.call_floor
+            lines.append(
+                f"bytes moved per token drawn: {self.call_bytes / rows / 1e6:.1f} MB a chip, {ratio:.2f} times "
+                f"{self.call_floor / rows / 1e6:.1f} MB, weights and context once a network call"
+            )
         if self.cycles:
             lines.append(f"the compiler's estimate over fusions: {self.cycles / 1e6:.1f} M cycles, loops included")
         if chip.platform != "cpu" and self.fits:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,8 @@ class Sampler:
         Prompts of similar length share a compiled function.
         """
         if self.model.objective == "sedd":
-            return Memory(None, np.zeros((1, 0), np.int32))
+            nothing: Any = np.zeros((1, 0), np.int32)
+            return Memory(None, nothing)
         return self._context.start(params, row, index)
 
     def __call__(self, params: Params, keys: PRNGKeyArray, canvas: Int[Array, "b S"]) -> Filled:

@@ -60,6 +60,17 @@ def test_a_small_model_fits_every_chip(compile_tiny, topology):
     assert report.compiler_bytes > 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_drawing_a_token_moves_little_but_weights_and_context(compile_tiny, batch_size):
+    """Stored blocks leave the rest of the context where it is."""
+    status, report = compile_tiny(
+        "--topology=v5e:1x1", "--mode=sample", f"--config.sampling.batch_size={batch_size}",
+        "--config.model.length=1024", "--config.model.width=256", "--config.model.num_layers=4",
+    )  # fmt: skip
+    assert (status, report.chips) == (0, 1)
+    assert report.call_bytes < 1.5 * report.call_floor
+
+
 def test_the_compiler_says_what_does_not_fit(compile_tiny):
     """16,384 rows of 1,024 tokens on a chip: its own error is the verdict."""
     status, report = compile_tiny(

@@ -15,6 +15,7 @@ from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.evaluation.interval_search import block_variance
 from bd3_jax.evaluation.perplexity import evaluate_params
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.training.loop import train
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -116,3 +117,58 @@ def test_three_random_kills(script, tiny_config, tmp_path, monkeypatch):
     assert all(kill["readable"] for kill in each)
     assert end["records_equal"]
     assert end["parameters_equal"]
+
+
+class ByteJudge:
+    """Finds every byte as likely as any other."""
+
+    bos, ends = "", frozenset()
+
+    def __init__(self, name):
+        pass
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def losses(self, tokens):
+        return np.full(len(tokens) - 1, np.log(256))
+
+
+def test_samplers(script, tiny_config, tmp_path, monkeypatch):
+    """Texts are drawn in one run and judged in the next."""
+    config = tiny_config("bd3lm,block_size=4", **{"training.num_steps": 2, "training.checkpoint_every": 2})
+    train(config, tmp_path / "run")
+    samplers, out = script("samplers"), f"--out={tmp_path / 'samplers'}"
+    names = ["first-hitting", "first-hitting, no cache", "confidence, 2 a call"]
+    only = [f"--only={name}" for name in names]
+    samplers.main([f"--workdir={tmp_path / 'run'}", "--num_samples=5", out, *only])
+    with_cache, without, confident, held_out = (cell["figures"] for cell in results(tmp_path / "samplers"))
+    assert with_cache["texts"] == without["texts"]
+    assert (with_cache["nfe"], confident["nfe"]) == (15, 8)
+    assert len(held_out["texts"]) == 5
+    monkeypatch.setattr(samplers, "TransformersJudge", ByteJudge)
+    samplers.main(["--judge=some/bytes.gguf", out])
+    judged = results(tmp_path / "samplers")[4:]
+    assert [cell["figures"]["pooled_perplexity"] for cell in judged] == pytest.approx([256] * 4)
+    table = (tmp_path / "samplers" / "table.md").read_text()
+    assert "by bytes.gguf" in table
+    assert all(f"| {name} | " in table for name in [*names, "held-out text"])
+    assert (tmp_path / "samplers" / "samplers.png").stat().st_size > 1000
+
+
+def test_sampling_speed(script, tmp_path, monkeypatch):
+    speed = script("sampling_speed")
+    tiny = dict(width=16, num_layers=2, num_heads=2, cond_dim=8)
+    configure = speed.configure
+
+    def smaller(string, settings, length):
+        config = configure(string, settings, length)
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **tiny))
+
+    monkeypatch.setattr(speed, "configure", smaller)
+    speed.main(["--batches=1,2", "--lengths=32", f"--out={tmp_path}"])
+    figures = [cell["figures"] for cell in results(tmp_path)]
+    assert [each["calls_per_token"] for each in figures] == [1, 1, 0.25] * 2
+    assert all(each["tokens_per_second"] > 0 for each in figures)
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 1 + 6
+    assert (tmp_path / "sampling_speed.png").stat().st_size > 1000
