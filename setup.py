@@ -28,6 +28,7 @@ setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8,<1",
         "etils[epath]>=1.12,<2",
+        "fsspec",
         "flax>=0.12,<1",
         "grain>=0.2.12,<1",
         "huggingface_hub>=0.34,<3",

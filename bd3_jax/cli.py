@@ -26,7 +26,7 @@ def prepare(argv: Sequence[str]) -> None:
     bd3 prepare --config=FILE.py[:STRING] [--config.data.NAME=VALUE ...] [--workers=N | --beam=OPTIONS] [--strict]
 
     --workers: processes; with 1, the default, one process tokenises in all cores
-    --beam: on many machines, through Apache Beam; see bd3_jax/data/beam.py for Dataflow, Flink and Spark
+    --beam: on many machines, through Apache Beam; see docs/preparing_large_corpora.md for Dataflow, Flink and Spark
     --strict: a record without text is an error; else it is left out and counted
     """
     values = flags.FlagValues()

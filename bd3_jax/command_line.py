@@ -1,7 +1,9 @@
 """Command line -> flags and Config; a user's mistake -> one line and exit status 2. Touches no device."""
 
 import importlib.util
+import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,14 +18,30 @@ from bd3_jax.folders import reachable
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+UNREAD = 141  # and for one that nobody listens to any more, as after `| head`
 
 
 def exit_status(run: Callable[[], None]) -> int:
     """Runs a command: 0, 2 for a user's mistake, 130 for Ctrl-C, the last two with one line on standard error.
 
-    What the system refuses to do with a file is the user's to mend, too. Any other exception is a fault of this program
-    and keeps its traceback.
+    What the system refuses to do with a file is the user's to mend, too. Where whoever read the output has left, it
+    ends silently with 141. Any other exception is a fault of this program and keeps its traceback.
     """
+    try:
+        try:
+            return _exit_status(run)
+        finally:
+            sys.stdout.flush()  # now, not when the interpreter ends
+    except BrokenPipeError:
+        listener = select.poll()
+        listener.register(sys.stdout, 0)
+        if not listener.poll(0):  # it was another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes
+        return UNREAD
+
+
+def _exit_status(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:

@@ -318,6 +318,7 @@ def _check(c: Config) -> None:
     for name in ("num_samples", "batch_size", "num_steps", "tokens_per_step"):
         at_least(1, f"sampling.{name}")
     at_least(2, "sampling.max_length")
+    _check_batches(c, require)
     require(0 < s.nucleus <= 1, "sampling.nucleus", s.nucleus, "0 < P <= 1")
     fillable = c.objective != "ar" or not s.infill
     require(fillable, "sampling.infill", s.infill, "empty for objective ar, which cannot see what follows a gap")
@@ -365,6 +366,17 @@ def _check_training(c: Config, require: Callable[..., None], at_least: Callable[
         if c.noise.resample and c.block_size > 1:
             # So that every interval of that width holds k/B for some k.
             require(min(s.widths) >= 1 / c.block_size, "search.widths", s.widths, f"1/{c.block_size} or more")
+
+
+def _check_batches(c: Config, require: Callable[..., None]) -> None:
+    """A slip of the finger would else end in the system's killing a program that fills the memory, without a word."""
+    for path, size in (
+        ("training.batch_size, model.length", (c.training.batch_size, c.model.length)),
+        ("search.batch_size, model.length", (c.search.batch_size, c.model.length)),
+        ("eval.batch_size, model.length", (c.eval.batch_size, c.model.length)),
+        ("sampling.batch_size, sampling.max_length", (c.sampling.batch_size, c.sampling.max_length)),
+    ):
+        require(math.prod(size) <= 2**28, path, size, "up to 2**28 tokens a batch")
 
 
 def lies_within(fraction: Any, low: Any, high: Any) -> Any:

@@ -1,11 +1,16 @@
-"""Folders that programs write into: whether they can, alone, and one line where the disk fails them."""
+"""Folders that programs write into, on disks and in buckets: whether they can, alone, and one line where that fails.
+
+An object in a bucket appears whole when all of it is there. It cannot be appended to or locked, and renaming copies it.
+"""
 
 import contextlib
 import fcntl
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 
+import fsspec
 from etils import epath
 
 from bd3_jax.errors import UserError, require_text
@@ -19,7 +24,9 @@ def reachable(path: epath.PathLike, setting: str) -> epath.Path:
         cannot be reached, as without its library or permission.
     """
     require_text(str(path), setting)
-    if "://" in str(path):
+    if in_bucket(path):
+        # Else the library would list a folder once, and never see what other processes write there.
+        fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
         try:
             epath.Path(path).exists()
         except Exception as error:  # each library has its own
@@ -30,14 +37,19 @@ def reachable(path: epath.PathLike, setting: str) -> epath.Path:
     return epath.Path(path)
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether `path` is a URL, and not of this machine."""
+    return "://" in str(path)
+
+
 def real_path(path: epath.Path) -> epath.Path:
     """Where symbolic links lead, be it there or not; a URL stays as it is."""
-    return path if "://" in str(path) else epath.Path(os.path.realpath(path))
+    return path if in_bucket(path) else epath.Path(os.path.realpath(path))
 
 
 def require_writable(folder: epath.Path, setting: str) -> None:
     """Raises UserError, naming `setting`, where a local `folder` is a file or cannot be written; makes nothing."""
-    if "://" in str(folder):
+    if in_bucket(folder):
         return
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not there.is_dir():
@@ -56,7 +68,7 @@ def alone(lock: epath.Path, refusal: str) -> Iterator[None]:
     Raises:
       UserError: `refusal`, where another process holds it; or it cannot be written.
     """
-    if "://" in str(lock):
+    if in_bucket(lock):
         yield
         return
     made = [folder for folder in lock.parents if not folder.exists()]
@@ -94,10 +106,40 @@ def free_path(path: epath.Path) -> epath.Path:
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
+def write_text(path: epath.Path, content: str) -> None:
+    """Writes a file, and its folder, such that it has its name only when it is complete. Raises UserError."""
+    with writing(path):
+        if in_bucket(path):
+            path.write_text(content, encoding="utf-8")
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{path.name}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+
+
+def move(file: epath.Path, target: epath.Path) -> None:
+    """Gives a complete local file the name `target`: on the same disk, or in a bucket, into which it is copied."""
+    if not in_bucket(target):
+        file.replace(target)
+        return
+    with file.open("rb") as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 2**20)
+    file.unlink()
+
+
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """What the system refuses while `path` is written, as a UserError."""
+    """What the system, or a bucket, refuses while `path` is written, as a UserError."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if in_bucket(path):  # whose library has errors of its own, some of which tell no more than an address
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        elif isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            raise
+        raise UserError(f"cannot write {path}: {reason}") from error

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from bd3_jax.errors import UserError
-from bd3_jax.folders import writing
+from bd3_jax.folders import in_bucket, write_text, writing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -66,7 +66,7 @@ def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NA
         if not _is_whole(path):
             _write(path, read_metrics(workdir, file_name))
         line = json.dumps(finite, allow_nan=False) + "\n"
-        if "://" in str(path):  # an object, which cannot be appended to
+        if in_bucket(path):  # an object, which cannot be appended to
             path.write_text((path.read_text() if path.exists() else "") + line)
             return
         with path.open("a") as file:
@@ -89,8 +89,7 @@ def drop_after(workdir: epath.Path, step: int, measured: int | None = None) -> N
             for record in read_metrics(workdir)
             if record["step"] <= (last if "eval/split" in record or "samples/text" in record else step)
         ]
-        with writing(path):
-            _write(path, kept)
+        _write(path, kept)
 
 
 def _is_whole(path: epath.Path) -> bool:
@@ -105,6 +104,4 @@ def _is_whole(path: epath.Path) -> bool:
 
 
 def _write(path: epath.Path, records: Sequence[Record]) -> None:
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

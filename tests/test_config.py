@@ -126,6 +126,13 @@ IMPOSSIBLE = [
     (dict(sampling__temperature=0.0), "config.sampling.temperature is 0.0; allowed: 1e-3 or more"),
     (dict(sampling__temperature=1e-40), "config.sampling.temperature is 1e-40; allowed: 1e-3 or more"),
     (dict(sampling__max_length=1), "config.sampling.max_length is 1; allowed: 2 or more"),
+    (
+        dict(sampling__max_length=2 * 10**9),
+        "config.sampling.batch_size, sampling.max_length is (4, 2000000000); allowed: up to 2**28 tokens a batch",
+    ),
+    (dict(training__batch_size=2**20), "config.training.batch_size, model.length is (1048576, 1024); allowed: up to"),
+    (dict(eval__batch_size=2**20), "config.eval.batch_size, model.length is (1048576, 1024)"),
+    (dict(search__batch_size=2**20), "config.search.batch_size, model.length is (1048576, 1024)"),
     (dict(sampling__weights="best"), "config.sampling.weights must be one of ema, raw; found 'best'"),
     (dict(sampling__top_k=-1), "config.sampling.top_k is -1; allowed: 0 or more"),
     (dict(sampling__min_entropy=-2.0), "config.sampling.min_entropy is -2.0; allowed: 0 or more, or -1"),

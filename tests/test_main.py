@@ -250,6 +250,29 @@ def test_ctrl_c_is_one_line_and_status_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("argv", [["train", "--help"], ["--help"]])
+def test_a_reader_that_leaves_ends_it_silently(argv, monkeypatch, capsys):
+    """As in `bd3 train --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(argv) == 141
+        print("more", flush=True)  # is lost, as what the interpreter still writes at its end
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_that_is_not_the_output(monkeypatch):
+    def fail():
+        raise BrokenPipeError
+
+    read, write = os.pipe()
+    with os.fdopen(read), os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            command_line.exit_status(fail)
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         command_line.exit_status(lambda: 1 / 0)

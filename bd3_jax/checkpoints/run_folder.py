@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from bd3_jax.config import Config, from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
-from bd3_jax.folders import writing
+from bd3_jax.folders import write_text
 from bd3_jax.metrics import FILE_NAME as METRICS
 from bd3_jax.metrics import read_metrics
 
@@ -31,10 +31,7 @@ _ARCHITECTURE = (
 
 
 def write_config(config: Config, workdir: epath.Path) -> None:
-    temporary = workdir / f"{FILE_NAME}.tmp"
-    with writing(workdir / FILE_NAME):
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(workdir / FILE_NAME)
+    write_text(workdir / FILE_NAME, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_settings(workdir: epath.Path) -> dict[str, Any]:

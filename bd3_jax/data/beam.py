@@ -1,20 +1,12 @@
 """Preparation on many machines, through Apache Beam (extra `beam`): each input shard is one element of a pipeline.
 
-    pip install 'bd3_jax[beam]'
-    bd3 prepare --config=... --config.data.directory=/shared/openwebtext --beam='RUNNER AND ITS OPTIONS'
+    bd3 prepare --config=... --config.data.directory=gs://BUCKET/openwebtext --beam='RUNNER AND ITS OPTIONS'
 
 Rows do not depend on the engine: they are the bytes that `bd3 prepare --workers=N` writes. The command is the driver:
 it finds the files, trains a tokenizer if need be, waits for the pipeline, and writes the manifest; started again, it
 runs only the shards that are missing. Every worker needs this package, and finds `data.source` and `data.directory`
-under the same absolute paths, as on a shared file system. RUNNER AND ITS OPTIONS are for example
-
-    on this machine    --runner=DirectRunner --direct_num_workers=8 --direct_running_mode=multi_processing
-    Flink              --runner=FlinkRunner --flink_master=HOST:8081 --parallelism=64 --environment_type=DOCKER
-                       --environment_config=IMAGE
-    Spark              --runner=SparkRunner --spark_master_url=spark://HOST:7077 --environment_type=DOCKER
-                       --environment_config=IMAGE
-
-IMAGE is Beam's own for this Python (`apache/beam_python3.11_sdk:2.77.0`) with `pip install 'bd3_jax[beam]'` done in it.
+under the same names: in a bucket, or under the same absolute paths on a file system that all share.
+`docs/preparing_large_corpora.md` has the commands for Dataflow, Flink and Spark.
 """
 
 import shlex
@@ -35,8 +27,10 @@ def run_on_beam(tasks: list[Task], report: Report, options: str) -> None:
     except ImportError:
         raise UserError("--beam needs Apache Beam; install the extra with `pip install 'bd3_jax[beam]'`") from None
     for path in (path for task in tasks for path in (task.result, *task.shard.files)):
-        if not path.is_absolute():
-            raise UserError(f"{path} means another file to every worker; allowed with --beam: absolute paths")
+        if not path.is_absolute():  # URLs are
+            raise UserError(
+                f"{path} means another file to every worker; allowed with --beam: absolute paths, and gs://"
+            )
     try:
         with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
             # Reshuffled, so that shards are spread over the workers one by one.

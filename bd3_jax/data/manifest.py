@@ -16,6 +16,7 @@ from bd3_jax.config import DataConfig
 from bd3_jax.data.corpora import get_corpus
 from bd3_jax.data.tokenizers import TRAINED
 from bd3_jax.errors import UserError
+from bd3_jax.folders import write_text
 from bd3_jax.special_ids import SpecialIds
 
 FILE_NAME = "manifest.json"
@@ -106,9 +107,7 @@ class Manifest:
 
     def save(self, directory: epath.Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        temporary = directory / f"{FILE_NAME}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(directory / FILE_NAME)
+        write_text(directory / FILE_NAME, json.dumps(content, indent=2) + "\n")
 
     def describe(self) -> str:
         """A few lines for the terminal."""
@@ -169,7 +168,7 @@ def save_lengths(directory: epath.Path, shards: Sequence[Mapping[str, Mapping[st
         for split, lengths in shard.items():
             sums.setdefault(split, collections.Counter()).update({int(n): count for n, count in lengths.items()})
     content = {split: dict(sorted(lengths.items())) for split, lengths in sums.items()}
-    (directory / LENGTHS).write_text(json.dumps(content))
+    write_text(directory / LENGTHS, json.dumps(content))
 
 
 def load_lengths(directory: epath.Path) -> dict[str, collections.Counter[int]]:

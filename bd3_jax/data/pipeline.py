@@ -21,7 +21,7 @@ from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manif
 from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.folders import reachable
+from bd3_jax.folders import in_bucket, reachable
 
 # Batches that are read ahead, and threads that read them: enough to hide a slow file system.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
@@ -151,7 +151,7 @@ def open_dataset(data: DataConfig, length: int, split: str) -> Dataset:
     if counts.rows == 0:
         raise UserError(f"split {split!r} of {directory} has {counts.tokens} tokens, too few for a row of {length}")
     dataset = open_rows(directory, manifest, split)
-    if "://" in data.directory:
+    if in_bucket(directory):
         # One row, to know now whether it may be read. Each is an HTTP request; where that is too slow for a training,
         # copy the folder to every host (`gcloud storage rsync -r`) or mount it.
         dataset.read([0])

@@ -15,6 +15,10 @@ same.
 Everything is written into `DIRECTORY.unfinished`, where a file has its name only when it is complete, and moved into
 place at the end. A preparation that was interrupted goes on with the first shard that is missing and ends with the same
 bytes.
+
+In a bucket, where renaming copies, everything is written into DIRECTORY itself, the manifest last: it alone makes a
+folder a prepared one. A bucket knows no lock either. Two preparations of one folder at a time, with the same settings,
+write the same objects; the worst that happens is that one of them ends with an error and is to be started again.
 """
 
 import dataclasses
@@ -40,11 +44,13 @@ from bd3_jax.data.manifest import (
     save_lengths,
 )
 from bd3_jax.data.rows import shard_path, write_metadata
-from bd3_jax.data.tasks import Execute, MalformedCount, Report, Task, documents_of, run_here, write_json
+from bd3_jax.data.tasks import Execute, MalformedCount, Report, Task, documents_of, run_here
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import TRAINED, Tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
-from bd3_jax.folders import alone, real_path, require_writable
+from bd3_jax.folders import alone, in_bucket, reachable, real_path, require_writable, write_text
+
+BEGUN = "begun.json"  # in the folder of a preparation: from which settings and files
 
 
 def prepare(
@@ -68,19 +74,22 @@ def prepare(
     if workers < 1:
         raise UserError(f"--workers is {workers}; allowed: 1 or more")
     settings = RowSettings.of(data, length)
-    if "://" in data.directory:
+    directory = reachable(data.directory, "data.directory")
+    if in_bucket(directory) and not str(directory).startswith("gs://"):
         raise UserError(
-            f"data.directory is {data.directory!r}; allowed: a local folder, which can be copied there when it is done"
+            f"data.directory is {data.directory!r}, where rows could not be read; allowed: a folder, or gs://"
         )
-    directory = epath.Path(data.directory)
     if os.path.islink(directory):
         directory = real_path(directory)  # nothing need be there yet
     if is_prepared(directory):
         manifest = load_manifest(directory)
         manifest.settings.require(settings, directory, "choose another data.directory, or delete this one")
+        if in_bucket(directory):
+            _remove_leftovers(directory)  # if it was interrupted just then
         print(f"Already prepared: {directory}\n{manifest.describe()}")
         return manifest
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    begun = in_bucket(directory) and (directory / BEGUN).exists()
+    if not begun and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
             f"data.directory is {data.directory!r}, which holds other things; allowed: a new or empty folder"
         )
@@ -96,7 +105,7 @@ def _prepare_alone(
     directory: epath.Path, data: DataConfig, settings: RowSettings, execute: Execute, strict: bool
 ) -> Manifest:
     """Goes on with what is unfinished, or begins; makes `directory` of it."""
-    unfinished = directory.parent / f"{directory.name}.unfinished"
+    unfinished = directory if in_bucket(directory) else directory.parent / f"{directory.name}.unfinished"
     if is_prepared(unfinished):  # and all but moved into place
         manifest = load_manifest(unfinished)
         manifest.settings.require(settings, unfinished, "delete that folder to start over")
@@ -105,12 +114,19 @@ def _prepare_alone(
             manifest = _prepare(unfinished, data, settings, execute, strict)
         except OSError as error:
             raise UserError(f"data.directory is {data.directory!r}, where preparing failed: {error}") from None
-    for leftover in (*unfinished.glob("shard-*.json"), *unfinished.glob("begun.json")):
-        leftover.unlink()
-    if directory.exists():  # and is empty
-        directory.rmdir()
-    unfinished.rename(directory)
+    _remove_leftovers(unfinished)
+    if unfinished != directory:
+        if directory.exists():  # and is empty
+            directory.rmdir()
+        unfinished.rename(directory)
     return manifest
+
+
+def _remove_leftovers(directory: epath.Path) -> None:
+    """Removes what only serves to go on with a preparation, the marker last."""
+    for pattern in ("shard-*.json", BEGUN):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)  # perhaps another process did
 
 
 def _prepare(
@@ -136,7 +152,7 @@ def _prepare(
 def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -> None:
     """Makes the folder, or makes sure that what lies there was begun from the same settings and files."""
     begun = {"format": FORMAT, "settings": dataclasses.asdict(settings), "inputs": fingerprint(shards)}
-    marker = unfinished / "begun.json"
+    marker = unfinished / BEGUN
     advice = "delete that folder to start over"
     if marker.exists():
         found = json.loads(marker.read_text())
@@ -145,12 +161,14 @@ def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -
         RowSettings(**found["settings"]).require(settings, unfinished, advice)
         if found["inputs"] != begun["inputs"]:
             raise UserError(f"{unfinished} was begun from other files than {settings.corpus} now has; {advice}")
+        for path in unfinished.glob("*.tmp"):
+            if path.is_dir():  # of a task that was killed
+                path.rmtree()
         print(f"Continuing {unfinished}")
         return
     if unfinished.exists() and any(path.suffix != ".tmp" for path in unfinished.iterdir()):
         raise UserError(f"{unfinished} is in the way; {advice}")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    write_json(marker, begun)
+    write_text(marker, json.dumps(begun))
 
 
 def _tokenizer(
@@ -187,7 +205,8 @@ def _write_shards(
         seen |= {split: seen[split] + 1 for split in shard.splits}
         result = unfinished / f"shard-{number:05d}.json"
         tasks.append(Task(corpus, shard, settings, unfinished / "tokenizer", outputs, result, strict))
-    missing = [task for task in tasks if not task.result.exists()]
+    there = {path.name for path in unfinished.iterdir()}
+    missing = [t for t in tasks if not there.issuperset(path.name for path in (t.result, *t.outputs.values()))]
     with _progress_bar("tokenising", shards) as bar:
         bar.update(sum(task.shard.size for task in tasks) - sum(task.shard.size for task in missing))
         if missing:

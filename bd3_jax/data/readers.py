@@ -19,6 +19,7 @@ import pyarrow.parquet
 from etils import epath
 
 from bd3_jax.errors import UserError
+from bd3_jax.folders import in_bucket
 
 Malformed = Callable[[str], None]
 Documents = Iterator[tuple[str | None, int]]
@@ -51,7 +52,12 @@ def count_documents(path: epath.Path, field: str) -> int:
 def _named(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, pyarrow.ArrowInvalid) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        known = (OSError, EOFError, zipfile.BadZipFile, zlib.error, pyarrow.ArrowInvalid)
+        if not isinstance(error, known) and not in_bucket(path):  # whose library has errors of its own
+            raise
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 

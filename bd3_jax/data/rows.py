@@ -15,6 +15,7 @@ from jaxtyping import Int
 from bd3_jax.data.manifest import Manifest, RowSettings, SplitCounts
 from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.folders import in_bucket, move
 from bd3_jax.special_ids import SpecialIds
 
 BATCH_CHARACTERS = 2**20  # of documents that are tokenised at once
@@ -58,9 +59,9 @@ class RowWriter:
       UserError: the file cannot be written.
     """
 
-    def __init__(self, path: epath.Path, tokenizer: Tokenizer, settings: RowSettings):
-        self._path = path
-        self._temporary = path.parent / f"{path.name}.tmp"
+    def __init__(self, path: epath.Path, tokenizer: Tokenizer, settings: RowSettings, scratch: epath.Path):
+        """`scratch`: a local folder of this process alone, where the file lies until then."""
+        self._path, self._temporary = path, scratch / path.name
         with _writing(path):
             self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # one row a read, as Grain wants it
         self._features = _features(settings.length, tokenizer.ids)
@@ -87,7 +88,7 @@ class RowWriter:
         self._flush()
         with _writing(self._path):
             self._writer.close()
-            self._temporary.replace(self._path)
+            move(self._temporary, self._path)
         return dataclasses.replace(self._counts, dropped=len(self._packer.rest))
 
     def _flush(self) -> None:
@@ -142,7 +143,10 @@ def _template(directory: epath.Path, corpus: str, split: str) -> tfds.core.Shard
 def _writing(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for a full disk
+    except Exception as error:
+        # ArrayRecord raises RuntimeError for a full disk, and the libraries of buckets have errors of their own.
+        if not isinstance(error, OSError | RuntimeError) and not in_bucket(path):
+            raise
         raise UserError(
             f"cannot write {path}: {' '.join(str(error).split())}; finished shards stay, so run the same command again "
             "when that is set right"

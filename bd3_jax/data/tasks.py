@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -17,13 +18,17 @@ from bd3_jax.data.readers import Malformed
 from bd3_jax.data.rows import RowWriter
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.folders import in_bucket, write_text
 
 Report = Callable[[int, int], None]  # takes (bytes read, documents) since the last call
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One shard, to be written by any process; `result` appears when it is done."""
+    """One shard, to be written by any process; `result` appears when it is done.
+
+    Two processes that do the same task at a time do not meet: they write the same bytes, each whole.
+    """
 
     corpus: Corpus
     shard: Shard
@@ -36,10 +41,16 @@ class Task:
     def run(self, report: Report) -> None:
         tokenizer = load_tokenizer(self.tokenizer)
         malformed = MalformedCount(self.strict)
-        writers = {split: RowWriter(path, tokenizer, self.settings) for split, path in self.outputs.items()}
-        for split, text in documents_of(self.corpus, self.shard, report, malformed):
-            writers[split].add(text)
-        counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
+        # Files get their names by a move on the same disk, or a copy from this machine into the bucket.
+        beside = None if in_bucket(self.result) else self.result.parent
+        with tempfile.TemporaryDirectory(dir=beside, suffix=".tmp") as folder:
+            scratch = epath.Path(folder)
+            writers = {
+                split: RowWriter(path, tokenizer, self.settings, scratch) for split, path in self.outputs.items()
+            }
+            for split, text in documents_of(self.corpus, self.shard, report, malformed):
+                writers[split].add(text)
+            counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
         result = {
             "splits": counts,
             "sha256": {split: writer.sha256 for split, writer in writers.items()},
@@ -47,7 +58,7 @@ class Task:
             "malformed": malformed.count,
             "first": malformed.first,
         }
-        write_json(self.result, result)
+        write_text(self.result, json.dumps(result))
 
 
 Execute = Callable[[list[Task], Report], None]  # runs all tasks
@@ -127,9 +138,3 @@ class MalformedCount:
             raise UserError(message)
         self.first = self.first or message
         self.count += 1
-
-
-def write_json(path: epath.Path, content: dict[str, Any]) -> None:
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)

@@ -27,7 +27,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bd3_jax.errors import UserError, require_text
-from bd3_jax.folders import reachable
+from bd3_jax.folders import reachable, write_text
 from bd3_jax.special_ids import SpecialIds
 
 END_OF_TEXT = "<|endoftext|>"
@@ -86,11 +86,7 @@ class Tokenizer:
 
     def save(self, directory: epath.PathLike) -> None:
         """Writes `tokenizer.json` into `directory`, from where `load_tokenizer` reads it."""
-        directory = epath.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / (FILE_NAME + ".tmp")
-        temporary.write_text(self.content, encoding="utf-8")
-        temporary.replace(directory / FILE_NAME)
+        write_text(epath.Path(directory) / FILE_NAME, self.content)
 
     def _refuse_special_ids_from_text(self, origin: str) -> None:
         special = {self.ids.bos, self.ids.eos, self.ids.mask}

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
-from bd3_jax.folders import writing
+from bd3_jax.folders import in_bucket, writing
 from bd3_jax.metrics import FILE_NAME, append_metrics, drop_after
 
 _UPLOAD_SECONDS = 60
@@ -49,7 +49,7 @@ class MetricLog:
         self._uploaded = time.monotonic()
         if jax.process_index() == 0:
             self._wandb = _start_wandb(workdir, config)
-            if "://" in str(workdir):
+            if in_bucket(workdir):
                 self._local = epath.Path(tempfile.mkdtemp(prefix="bd3-"))
                 if (workdir / FILE_NAME).exists():
                     (self._local / FILE_NAME).write_bytes((workdir / FILE_NAME).read_bytes())

@@ -1,9 +1,13 @@
 """A stand-in for Google Cloud Storage: one dict of objects, seen through fsspec (manifest) and HTTP (ArrayRecord)."""
 
+import contextlib
+import hashlib
 import http.server
 import re
 import urllib.parse
 
+import fsspec
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -17,6 +21,26 @@ class Bucket(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path):
         return super()._strip_protocol(re.sub(r"^(gs|gcs)://", "/", str(path)))
+
+
+@contextlib.contextmanager
+def bucket():
+    """In this process, gs:// leads to `Bucket`; it is empty at the end."""
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    yield
+    Bucket.store.clear()
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def objects_in(url):
+    """Name and sha256 of every object whose name begins so, as `files_in` of a folder."""
+    prefix = url.removeprefix("gs:/") + "/"
+    return {
+        name.removeprefix(prefix): hashlib.sha256(found.getvalue()).hexdigest()
+        for name, found in sorted(Bucket.store.items())
+        if name.startswith(prefix)
+    }
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -4,11 +4,13 @@ import dataclasses
 import importlib.util
 
 import pytest
+from etils import epath
 
 from bd3_jax import cli
 from bd3_jax.data.beam import run_on_beam
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
+from tests.data.bucket import bucket, objects_in
 
 DIRECT = "--runner=DirectRunner"
 SEVERAL = f"{DIRECT} --direct_num_workers=2 --direct_running_mode=multi_processing"
@@ -25,6 +27,23 @@ def test_the_same_bytes(three_files, tmp_path, files_in, options, tokenizer):
     execute = lambda tasks, report: run_on_beam(tasks, report, options)
     assert prepare(here, 16) == prepare(there, 16, execute=execute)
     assert files_in(tmp_path / "rows") == files_in(tmp_path / "beam")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_from_a_bucket_into_a_bucket(three_files, tmp_path, files_in):
+    """As far as a stand-in in the memory of this process goes."""
+    pytest.importorskip("apache_beam")
+    here = dataclasses.replace(three_files, tokenizer="bytes")
+    prepare(here, 16)
+    with bucket():
+        for path in (tmp_path / "corpus").iterdir():
+            (epath.Path("gs://bucket/corpus") / path.name).write_bytes(path.read_bytes())
+        there = dataclasses.replace(here, source="gs://bucket/corpus", directory="gs://bucket/rows")
+        prepare(there, 16, execute=lambda tasks, report: run_on_beam(tasks, report, DIRECT))
+        ours, theirs = files_in(tmp_path / "rows"), objects_in("gs://bucket/rows")
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"manifest.json"}  # which names the source
 
 
 @pytest.mark.slow

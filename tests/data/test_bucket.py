@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import threading
 
-import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from etils import epath
 from etils.epath import backend
@@ -15,7 +17,8 @@ from bd3_jax.data.inspection import inspect
 from bd3_jax.data.pipeline import eval_batches, open_dataset, train_batches
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
-from tests.data.bucket import Bucket, Handler, Server
+from bd3_jax.folders import reachable
+from tests.data.bucket import Bucket, Handler, Server, bucket, objects_in
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,27 +29,25 @@ def server():
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    yield
-    server.shutdown()
-    server.server_close()
-    backend.fsspec_backend._get_filesystem.cache_clear()
+    with bucket():
+        yield
+    # The server answers to the end of the process: read-ahead that finds nobody tries again for minutes.
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def empty():
+    yield
+    Bucket.store.clear()
+
+
 @pytest.fixture
-def stored(data, tmp_path):
+def stored(data):
     """Settings of the same rows in a folder and in a bucket."""
     data = dataclasses.replace(data, tokenizer="bytes")
-    prepare(data, 16)
-    for path in (tmp_path / "rows").rglob("*"):
-        if path.is_file():
-            target = epath.Path("gs://bucket/rows") / str(path.relative_to(tmp_path / "rows"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    yield data, dataclasses.replace(data, directory="gs://bucket/rows")
-    Bucket.store.clear()
+    away = dataclasses.replace(data, directory="gs://bucket/rows")
+    assert prepare(data, 16) == prepare(away, 16)
+    return data, away
 
 
 def test_rows_are_read_from_the_bucket(stored):
@@ -68,16 +69,94 @@ def test_rows_that_are_not_there(stored):
         open_dataset(dataclasses.replace(there, directory="gs://bucket/other"), 16, "train")
 
 
-def test_a_corpus_is_read_from_the_bucket(data, corpus, tmp_path):
+def test_a_corpus_is_read_from_the_bucket(data, corpus, documents):
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents[:9]}), corpus / "c.parquet")
+    with pyarrow.output_stream(str(corpus / "d.jsonl.zst"), compression="zstd") as stream:
+        stream.write("\n".join(json.dumps({"text": text}) for text in documents[9:20]).encode())
     data = dataclasses.replace(data, tokenizer="bytes")
     local = prepare(data, 16)
+    assert sum(counts.documents for counts in local.splits.values()) == 220
     for path in corpus.iterdir():
         (epath.Path("gs://bucket/corpus") / path.name).write_bytes(path.read_bytes())
-    away = dataclasses.replace(data, source="gs://bucket/corpus", directory=str(tmp_path / "again"))
-    assert prepare(away, 16).splits == local.splits
-    ours, theirs = (open_dataset(settings, 16, "train") for settings in (data, away))
-    np.testing.assert_array_equal(ours.read(range(len(ours))), theirs.read(range(len(ours))))
-    Bucket.store.clear()
+    away = dataclasses.replace(data, source="gs://bucket/corpus", directory="gs://bucket/rows")
+    assert prepare(away, 16).sha256 == local.sha256
+
+
+def test_a_tokenizer_is_read_from_the_bucket(data, stored, tmp_path):
+    own = dataclasses.replace(data, tokenizer="gs://bucket/rows/tokenizer", directory=str(tmp_path / "own"))
+    assert prepare(own, 16).fingerprint == open_dataset(stored[0], 16, "train").tokenizer.fingerprint
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of ours catches it."""
+
+
+def test_interrupted_at_any_moment_it_ends_with_the_same_objects(three_files, tmp_path, files_in, monkeypatch):
+    """The n-th change in the bucket does not happen any more, for every n; then once more, undisturbed."""
+    here = dataclasses.replace(three_files, tokenizer="bytes")
+    away = dataclasses.replace(here, directory="gs://bucket/rows")
+    prepare(here, 16)
+    changes = []
+    open_file, rm = Bucket._open, Bucket.rm
+
+    def prepare_until(last):
+        """Raises Killed in place of that change; 0: never."""
+        changes.clear()
+
+        def change(path):
+            changes.append(path)
+            if len(changes) == last:
+                raise Killed
+
+        def opened(self, path, mode="rb", **options):
+            if mode == "wb":
+                change(path)
+            return open_file(self, path, mode, **options)
+
+        def removed(self, path, **options):
+            change(path)
+            return rm(self, path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "_open", opened)
+            patch.setattr(Bucket, "rm", removed)
+            prepare(away, 16)
+
+    prepare_until(0)
+    assert (
+        len(changes) == 20
+    )  # begun, tokenizer, two splits and a result a shard, four files about them, four leftovers
+    for moment in range(1, len(changes) + 1):
+        Bucket.store.clear()
+        with pytest.raises(Killed):
+            prepare_until(moment)
+        prepare(away, 16)
+        assert objects_in("gs://bucket/rows") == files_in(tmp_path / "rows")
+
+
+def test_what_is_in_the_bucket_is_not_overwritten(stored, data):
+    _, away = stored
+    before = objects_in("gs://bucket")
+    with pytest.raises(UserError, match=r"gs://bucket/rows was prepared with model\.length = 16, but it is 8"):
+        prepare(away, 8)
+    with pytest.raises(UserError, match=r"'gs://bucket', which holds other things; allowed: a new or empty folder"):
+        prepare(dataclasses.replace(data, directory="gs://bucket"), 16)
+    assert objects_in("gs://bucket") == before
+
+
+def test_a_bucket_that_cannot_be_written(data, monkeypatch):
+    def refuse(self, path, mode, **options):
+        raise RuntimeError("403: Forbidden")  # a library has errors of its own
+
+    monkeypatch.setattr(Bucket, "_open", refuse)
+    with pytest.raises(UserError, match=r"cannot write gs://bucket/rows/begun\.json: .*403: Forbidden"):
+        prepare(dataclasses.replace(data, directory="gs://bucket/rows"), 16)
+
+
+def test_what_others_write_is_seen():
+    """The library for gs:// would else keep what it listed once."""
+    reachable("gs://bucket/rows", "data.directory")
+    assert not backend.fsspec_backend.fs("gs://bucket").dircache.use_listings_cache
 
 
 def test_rows_that_may_not_be_read(stored, monkeypatch):

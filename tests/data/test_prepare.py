@@ -233,13 +233,6 @@ def test_the_folder_of_a_run_is_not_prepared(data, tmp_path, files_in):
     assert files_in(tmp_path / "run") == before
 
 
-def test_a_bucket_is_written_by_copying(data):
-    with pytest.raises(
-        UserError, match=r"data\.directory is 'gs://bucket/rows'; allowed: a local folder, which can be"
-    ):
-        prepare(dataclasses.replace(data, directory="gs://bucket/rows"), 16)
-
-
 def test_unwritable_folder(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.directory is .*rows', but .*/file is a file; allowed: a folder"):

@@ -1,24 +1,19 @@
 """The files of a run whose workdir is in a bucket, as far as a stand-in on this machine goes."""
 
-import fsspec
 import pytest
 from etils import epath
-from etils.epath import backend
 
 from bd3_jax.checkpoints import orbax
 from bd3_jax.metrics import append_metrics, read_metrics
 from bd3_jax.training.logging import MetricLog
 from bd3_jax.training.loop import train
-from tests.data.bucket import Bucket
+from tests.data.bucket import Bucket, bucket
 
 
 @pytest.fixture(autouse=True)
-def bucket():
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    yield
-    Bucket.store.clear()
-    backend.fsspec_backend._get_filesystem.cache_clear()
+def stand_in():
+    with bucket():
+        yield
 
 
 def test_metrics_are_written_here_and_copied(tiny_config, monkeypatch):
