@@ -49,10 +49,10 @@ test-all: test-slow .venv-tpu/installed .venv-torch/installed ## test-slow, then
 	.venv-tpu/bin/python -m pytest -m slow tests/compiling
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
-# Apache Beam asks for older versions of two packages than are pinned, so its tests have an environment of their own.
+# Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
 .venv-beam/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-beam
-	@sed '/^pyarrow==/d; /^protobuf==/d' requirements.lock > .venv-beam/requirements.txt
+	@sed '/^pyarrow==/d; /^protobuf==/d; /^pillow==/d' requirements.lock > .venv-beam/requirements.txt
 	@.venv-beam/bin/python $(PIP) --requirement .venv-beam/requirements.txt apache-beam==2.77.0
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
 	@touch $@

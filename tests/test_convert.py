@@ -141,6 +141,7 @@ def test_names_and_shapes_are_the_authors(run, tmp_path):
     np.testing.assert_allclose(tensors["backbone.rotary_emb.inv_freq"], exact, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_our_layout_evaluates_and_samples(run, tiny_config, tmp_path, capsys):
     convert(str(run), str(tmp_path / "out"), format="bd3")
     workdir = f"--workdir={tmp_path / 'out'}"

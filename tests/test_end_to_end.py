@@ -41,11 +41,11 @@ def records(path: Path) -> list[dict]:
     ("objective", "sampler"),
     [
         ("ar", "autoregressive"),
-        ("mdlm", "first_hitting"),
-        ("mdlm", "ancestral"),
+        pytest.param("mdlm", "first_hitting", marks=pytest.mark.slow),
+        pytest.param("mdlm", "ancestral", marks=pytest.mark.slow),
         ("sedd", "analytic"),
         ("bd3lm,block_size=4", "first_hitting"),
-        ("bd3lm,block_size=1", "ancestral"),
+        pytest.param("bd3lm,block_size=1", "ancestral", marks=pytest.mark.slow),
     ],
 )
 def test_train_eval_sample(

@@ -200,6 +200,7 @@ def test_interval_reaches_the_noise(toy_lm, random_params):
     assert weights.max() <= 1 / 0.2 + 1e-3
 
 
+@pytest.mark.slow
 def test_uniform_model_has_the_entropy_of_the_vocabulary(toy_lm):
     """A fresh model predicts every token alike: ln(V - 1) nats a token, exactly or on average over the noise."""
     for objective, size in (("ar", 1), ("bd3lm", 1), ("bd3lm", 4), ("mdlm", 12)):

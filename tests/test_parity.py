@@ -46,6 +46,7 @@ def run(*arguments: object) -> int:
 # ------------------------------------------------------------------------------------------------- what must agree
 
 
+@pytest.mark.slow
 def test_the_authors_numbers(capsys):
     """One folder of folders; what lies beside them is found by itself."""
     assert run(GOLDEN) == 0

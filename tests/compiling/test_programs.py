@@ -61,6 +61,7 @@ def test_the_output_layer_counts_at_every_position_however_it_is_chunked(mode, p
     assert flops[1600, 100] == flops[2**20, 100]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("string", ["bd3lm,block_size=4", "mdlm"])
 def test_what_is_compiled_is_what_samples(string, toy_lm, random_params):
     """The arguments of a run fit the program that is traced without any, with the same results and memory."""
@@ -76,6 +77,7 @@ def test_what_is_compiled_is_what_samples(string, toy_lm, random_params):
     np.testing.assert_array_equal(filled.tokens, [drawn.row for drawn in theirs.step()])
 
 
+@pytest.mark.slow
 def test_every_program_lowers_for_a_tpu():
     """Where a whole row of 128 is read attention is a kernel; a cache is read without one."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -51,6 +51,7 @@ def test_training_on_two_devices(tiny, tmp_path, capsys):
     assert "fits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_other_modes(tiny, mode, capsys):
     assert cli.main(["compile", tiny, "--topology=cpu:2", f"--mode={mode}"]) == 0

@@ -77,7 +77,7 @@ def test_first_hitting_has_the_enumerated_distribution(block_size, p, row):
     assert (samples.nfe.sum(1) == row.count(toy.MASK)).all()
 
 
-@pytest.mark.parametrize(("block_size", "p"), [(4, 0.8), (2, 1.0)])
+@pytest.mark.parametrize(("block_size", "p"), [pytest.param(4, 0.8, marks=pytest.mark.slow), (2, 1.0)])
 def test_ancestral_has_the_enumerated_distribution_and_tends_to_first_hitting(block_size, p):
     table = toy.random_table(2)
     limit = toy.first_hitting(toy.nucleus(table, p), ALL_MASKED, block_size)

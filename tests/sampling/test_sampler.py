@@ -78,6 +78,7 @@ def test_cache_gives_the_same_tokens(make, objective, block_size, name):
     assert with_cache.cache_calls.tolist() == given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("ar", 0)])
 def test_cache_and_window_agree_beyond_the_context_where_keys_hold_one_token_each(make, objective, block_size):
     """With a single layer nothing that left the window lives on in the keys and values, so the two must not differ."""
@@ -147,6 +148,7 @@ def test_temperature(make):
     np.testing.assert_allclose(np.exp(coldest).sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_by_nucleus_or_by_top_k(make):
     sampler, params = make("bd3lm", 4, nucleus=GREEDY)
     by_nucleus = draw(sampler, params).tokens

@@ -44,7 +44,7 @@ def at_step(compiled, monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("string", ["bd3lm,block_size=4", "ar"])
+@pytest.mark.parametrize("string", [pytest.param("bd3lm,block_size=4", marks=pytest.mark.slow), "ar"])
 def test_nothing_is_compiled_twice(string, tiny_config, tmp_path, compiled, at_step):
     every = {"training.log_every": 1, "training.eval_every": 2, "training.checkpoint_every": 2}
     config = tiny_config(string, **every, **{"training.num_steps": 6, "sampling.num_samples": 3})

@@ -33,6 +33,7 @@ def pretrained_run(tiny_config, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_paper(pretrained_run, tiny_config, tmp_path):
     """Pre-training at B = L, then B = 4: better than B = 4 from scratch after the same steps, at every validation."""
     settings = {"training.num_steps": 20, "training.eval_every": 10, "training.checkpoint_every": 20}

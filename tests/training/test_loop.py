@@ -133,6 +133,7 @@ def stopped_validation(at):
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monkeypatch, files_in, at):
     """At step 0, 2 or the last, 4, twice; the run continues exactly, with accumulation, the search and samples."""

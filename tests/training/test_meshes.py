@@ -42,6 +42,7 @@ def runs(tiny_config, tmp_path_factory) -> dict:
     return run_meshes(tiny_config, tmp_path_factory.mktemp("eight"), 4, MESHES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_meshes_agree(runs, mesh):
     assert_agree(runs["1x1x1"], runs[mesh])

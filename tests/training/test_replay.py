@@ -20,6 +20,7 @@ DIVERGES = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_is_replayed(tiny_config, tmp_path, capsys):
     config, workdir = tiny_config("bd3lm,block_size=4", **DIVERGES), epath.Path(tmp_path / "run")
     for _ in range(2):  # the same command comes to the same step

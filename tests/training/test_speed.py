@@ -76,6 +76,7 @@ def parameters(config, vocab_size):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_a_recipe_is_what_its_table_says(name):
     """Every row: it traces for a mesh, nothing allocated; its parameters, FLOPs per token and chip-hours."""
