@@ -84,13 +84,15 @@ def test_ancestral_has_the_enumerated_distribution_and_tends_to_first_hitting(bl
     distances = []
     for num_steps in (1, 3, 12, 96):
         exact = toy.ancestral(toy.nucleus(table, p), ALL_MASKED, block_size, num_steps)
+        distances.append(toy.total_variation(exact, limit))
+        if num_steps == 12:
+            continue  # nothing that 3 and 96 do not have, and compiled for itself
         samples = sample_blocks(table, Ancestral(num_steps), block_size, p, ALL_MASKED)
         toy.assert_drawn_from(samples.tokens, exact)
         # A call for each step in which at least one of the block's tokens is unmasked.
         calls = toy.L // block_size * num_steps * (1 - (1 - 1 / num_steps) ** block_size)
         nfe = samples.nfe.sum(1)
         assert abs(nfe.mean() - calls) <= 5 * nfe.std() / np.sqrt(N) + 1e-6
-        distances.append(toy.total_variation(exact, limit))
     assert distances[0] > 2 * distances[1] > 4 * distances[2] > 8 * distances[3]
     assert distances[3] < 0.02
 

@@ -62,7 +62,6 @@ def test_a_sample_depends_on_seed_and_index_only(make, objective, block_size):
     [
         ("bd3lm", 4, "first_hitting"),
         ("bd3lm", 3, "ancestral"),
-        ("bd3lm", 1, "first_hitting"),
         ("ar", 0, "autoregressive"),
     ],
 )
@@ -87,7 +86,6 @@ def test_cache_and_window_agree_beyond_the_context_where_keys_hold_one_token_eac
     without = draw(change(sampler, kv_cache=False), params)
     np.testing.assert_array_equal(with_cache.tokens, without.tokens)
     assert len({tuple(tokens) for tokens in with_cache.tokens[:, 12:]}) == len(PROMPTS)
-    np.testing.assert_array_equal(with_cache.tokens[:, :12], draw(make(objective, block_size, 1)[0], params).tokens)
 
 
 @pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("mdlm", 0)])
@@ -153,7 +151,7 @@ def test_greedy_by_nucleus_or_by_top_k(make):
     sampler, params = make("bd3lm", 4, nucleus=GREEDY)
     by_nucleus = draw(sampler, params).tokens
     np.testing.assert_array_equal(by_nucleus, draw(change(sampler, nucleus=1.0, top_k=1), params).tokens)
-    assert (by_nucleus != draw(change(sampler, nucleus=1.0, top_k=9), params).tokens).any()
+    assert (by_nucleus != draw(change(sampler, nucleus=0.9), params).tokens).any()
 
 
 def test_chunks_of_the_vocabulary_do_not_matter(make, monkeypatch):
