@@ -52,7 +52,7 @@ test-all: test-slow .venv-tpu/installed .venv-torch/installed ## test-slow, then
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
 .venv-beam/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-beam
-	@sed '/^pyarrow==/d; /^protobuf==/d; /^pillow==/d' requirements.lock > .venv-beam/requirements.txt
+	@sed '/^pyarrow==/d; /^protobuf==/d; /^pillow==/d; /^python-dateutil==/d; /^matplotlib==/d' requirements.lock > .venv-beam/requirements.txt
 	@.venv-beam/bin/python $(PIP) --requirement .venv-beam/requirements.txt apache-beam==2.77.0
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
 	@touch $@
