@@ -118,6 +118,16 @@ def write_text(path: epath.Path, content: str) -> None:
         temporary.replace(path)
 
 
+def append_text(path: epath.Path, content: str) -> None:
+    """Appends to a file, or writes an object anew with `content` at its end. Raises UserError."""
+    with writing(path):
+        if in_bucket(path):
+            path.write_text((path.read_text() if path.exists() else "") + content, encoding="utf-8")
+            return
+        with path.open("a") as file:
+            file.write(content)
+
+
 def move(file: epath.Path, target: epath.Path) -> None:
     """Gives a complete local file the name `target`: on the same disk, or in a bucket, into which it is copied."""
     if not in_bucket(target):

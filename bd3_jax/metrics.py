@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from bd3_jax.errors import UserError
-from bd3_jax.folders import in_bucket, write_text, writing
+from bd3_jax.folders import append_text, write_text, writing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -65,12 +65,7 @@ def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NA
     with writing(path):
         if not _is_whole(path):
             _write(path, read_metrics(workdir, file_name))
-        line = json.dumps(finite, allow_nan=False) + "\n"
-        if in_bucket(path):  # an object, which cannot be appended to
-            path.write_text((path.read_text() if path.exists() else "") + line)
-            return
-        with path.open("a") as file:
-            file.write(line)
+        append_text(path, json.dumps(finite, allow_nan=False) + "\n")
 
 
 def drop_after(workdir: epath.Path, step: int, measured: int | None = None) -> None:

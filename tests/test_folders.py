@@ -8,7 +8,8 @@ import pytest
 from etils import epath
 
 from bd3_jax.errors import UserError
-from bd3_jax.folders import alone, free_path, reachable, require_writable, writing
+from bd3_jax.folders import alone, append_text, free_path, reachable, require_writable, writing
+from tests.data.bucket import bucket
 
 
 @pytest.fixture
@@ -51,6 +52,14 @@ def test_what_was_written_stays(root):
     with alone(root / "a" / "b" / ".lock", "taken"):
         (root / "a" / "file").write_text("mine")
     assert [path.name for path in (root / "a").iterdir()] == ["file"]
+
+
+def test_text_is_appended_to_files_and_objects(root):
+    with bucket():
+        for path in (root / "a.txt", epath.Path("gs://bucket/a.txt")):
+            append_text(path, "one\n")
+            append_text(path, "two\n")
+            assert path.read_text() == "one\ntwo\n"
 
 
 def test_a_killed_process_holds_nothing(root):

@@ -16,7 +16,7 @@ from bd3_jax.config import Config, SamplingConfig
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.folders import free_path, require_writable, writing
+from bd3_jax.folders import append_text, free_path, require_writable, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling import statistics
 from bd3_jax.sampling.drawing import Drawn, draw
@@ -133,11 +133,9 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
             if trace:
                 traces.append(Trace.of(drawn, sampler.layout.size, tokenizer))
             if first:
-                with writing(path):
-                    if not samples:
-                        kept = _make_way(path)
-                    with path.open("a") as file:
-                        file.write(json.dumps(dataclasses.asdict(new)) + "\n")
+                if not samples:
+                    kept = _make_way(path)
+                append_text(path, json.dumps(dataclasses.asdict(new)) + "\n")
                 progress.write(f"{new.headline()}\n{new.text}\n", file=sys.stdout)
                 progress.update()
             samples.append(new)
@@ -177,5 +175,6 @@ def _make_way(path: epath.Path) -> epath.Path | None:
     if not path.exists():
         return None
     kept = free_path(path)
-    path.rename(kept)
+    with writing(path):
+        path.rename(kept)
     return kept

@@ -22,6 +22,10 @@ class Bucket(MemoryFileSystem):
     def _strip_protocol(cls, path):
         return super()._strip_protocol(re.sub(r"^(gs|gcs)://", "/", str(path)))
 
+    def _open(self, path, mode="rb", **options):
+        assert "a" not in mode, "an object cannot be appended to"
+        return super()._open(path, mode, **options)
+
 
 @contextlib.contextmanager
 def bucket():
