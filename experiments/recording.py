@@ -6,9 +6,10 @@
     NAME.png       where a picture says more
 
 A cell is written when it is measured, and what the file has is not measured again: an interrupted experiment goes on
-where it was. To measure anew, remove the folder.
+where it was. Two processes may measure different cells of one experiment. To measure anew, remove the folder.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -36,7 +37,7 @@ class Recording:
         self.folder = folder
         self._path = folder / "results.json"
         self._on_devices = on_devices
-        self.cells: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else []
+        self.cells = self._read()
 
     def cell(
         self, settings: dict[str, Any], config: dict[str, Any], measure: Callable[[], dict[str, Any]]
@@ -56,9 +57,22 @@ class Recording:
         began = time.perf_counter()
         figures = measure()
         made = {"seconds": round(time.perf_counter() - began, 1), **environment(self._on_devices)}
-        self.cells.append({"settings": asked["settings"], "figures": figures, "config": asked["config"], **made})
-        self._write(self._path, json.dumps(self.cells, indent=1) + "\n")
+        self._append({"settings": asked["settings"], "figures": figures, "config": asked["config"], **made})
         return figures
+
+    def _read(self) -> list[dict[str, Any]]:
+        return json.loads(self._path.read_text()) if self._path.exists() else []
+
+    def _append(self, cell: dict[str, Any]) -> None:
+        """After what is in the file, which another process may have written to meanwhile."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.cells = [*self._read(), cell]
+            self._write(self._path, json.dumps(self.cells, indent=1) + "\n")
+        finally:
+            os.close(lock)
 
     def write_table(self, text: str) -> None:
         """Writes table.md."""
@@ -66,7 +80,7 @@ class Recording:
 
     def _write(self, path: Path, text: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(text)
         temporary.replace(path)
 

@@ -33,16 +33,19 @@ def block_diffusion(length: int, block_size: int, copies: int = 1) -> Visible:
     """The same in the noised copies and x0; see `attention.block_diffusion_mask`."""
 
     def visible(q: Array, k: Array) -> Array:
-        q_stream, k_stream = (sum((x >= n * length) * 1 for n in range(1, copies + 1)) for x in (q, k))
-        q_block, k_block = (_divide(x - length * n, block_size) for x, n in ((q, q_stream), (k, k_stream)))
-        own = (q_stream == k_stream) & (q_block == k_block)
-        return own | ((k_stream == copies) & (q_block > k_block))
+        own = _divide(q, block_size) == _divide(k, block_size)  # streams end where blocks do
+        in_stream = q - sum((q >= n * length) * length for n in range(1, copies + 1))
+        clean = k - copies * length  # negative for keys of the noised copies
+        return own | ((clean >= 0) & (_divide(in_stream, block_size) > _divide(clean, block_size)))
 
     return visible
 
 
 def _divide(x: Any, by: int) -> Any:
-    """x // by for x >= 0: in the kernel without the sign's treatment, which has no lowering for absent devices."""
+    """x // by for x >= 0, anything for others. In the kernel a division costs as much as all else in the mask."""
+    if by & (by - 1) == 0:
+        return x >> (by.bit_length() - 1)
+    # Without the sign's treatment, which has no lowering for absent devices.
     return x // by if isinstance(x, np.ndarray) else jax.lax.div(x, jnp.int32(by))
 
 

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from bd3_jax.checkpoints.orbax import restore_params
+from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.evaluation.interval_search import block_variance
 from bd3_jax.evaluation.perplexity import evaluate_params
@@ -172,3 +173,53 @@ def test_sampling_speed(script, tmp_path, monkeypatch):
     assert all(each["tokens_per_second"] > 0 for each in figures)
     assert (tmp_path / "table.md").read_text().count("\n| ") == 1 + 6
     assert (tmp_path / "sampling_speed.png").stat().st_size > 1000
+
+
+def test_likelihood_of_small_models(script, tiny_config, tmp_path, monkeypatch):
+    """Rows by rows, as an evaluation of each checkpoint has them; a BD3-LM goes on from an MDLM."""
+    models, likelihood = script("small_models"), script("likelihood")
+    names = ["AR", "BD3-LM B = 4", "SEDD"]
+    monkeypatch.setattr(models, "MODELS", {name: models.MODELS[name] for name in names})
+    monkeypatch.setattr(likelihood, "DRAWS", 2)
+
+    def tiny(string, seed, steps):
+        resample = {"noise.resample": True} if string.startswith("bd3lm") else {}
+        estimator = "monte_carlo" if string == "sedd" else "low_variance"
+        return tiny_config(string, seed=seed, **{"training.num_steps": steps, "eval.estimator": estimator}, **resample)
+
+    monkeypatch.setattr(models, "settings", tiny)
+    argv = ["--seeds=0,1", "--steps=4", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
+    likelihood.main(argv)
+    cells = results(tmp_path / "out")
+    assert [(cell["settings"]["model"], cell["settings"]["seed"]) for cell in cells] == [
+        (name, seed) for seed in (0, 1) for name in names
+    ]
+    for cell in cells:
+        name, seed = cell["settings"]["model"], cell["settings"]["seed"]
+        workdir = models.workdir(name, seed, 4, epath.Path(tmp_path / "runs"))
+        config = read_config(workdir)
+        assert config.init_from == (str(models.workdir("first half", seed, 4, workdir.parent)) if "BD3" in name else "")
+        dataset = open_dataset(config.data, config.model.length, "validation")
+        model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+        params, _ = restore_params(config, workdir, "ema")
+        draws = [dataclasses.replace(config.eval, seed=draw) for draw in range(2)]
+        wanted = np.mean([evaluate_params(model, params, dataset, each).nll for each in draws])
+        assert cell["figures"]["nll"] == pytest.approx(wanted, rel=1e-5)
+        assert cell["figures"]["estimator"] == ("exact" if name == "AR" else config.eval.estimator)
+        assert np.mean(cell["figures"]["rows"]) / cell["figures"]["counted"] == pytest.approx(wanted, rel=1e-3)
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| AR | BD3-LM B = 4 |" in text
+    likelihood.main(argv)
+    assert results(tmp_path / "out") == cells
+
+
+def test_the_standard_error_of_a_difference(script):
+    """Over many experiments of three seeds and 400 rows, with spreads of seeds and rows that are known."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(400):
+        rows, first = rng.normal(0, 1, 400), rng.normal(0, 0.05, (3, 1))
+        second = first + rng.normal(0, 0.05, (3, 1)) + 0.3 + rng.normal(0, 0.5, 400)
+        found.append(script("likelihood").compare(rows + first, rows + second))
+    means, errors = np.array(found).T
+    assert means.mean() == pytest.approx(0.3, abs=0.01)
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.15)

@@ -29,6 +29,14 @@ def test_a_cell_is_measured_once(recording, tmp_path):
     assert [(cell["settings"]["size"], cell["config"]["depth"]) for cell in cells] == [(4, 1), (8, 1), (4, 2)]
 
 
+def test_two_at_once_lose_nothing(recording):
+    first, second = recording(), recording()
+    first.cell({"size": 1}, {}, lambda: {"value": 1})
+    second.cell({"size": 2}, {}, lambda: {"value": 2})
+    assert [cell["settings"]["size"] for cell in recording().cells] == [1, 2]
+    assert [cell["settings"]["size"] for cell in second.cells] == [1, 2]
+
+
 def test_what_is_measured_is_kept_when_the_next_fails(recording):
     recording().cell({"size": 1}, {}, lambda: {"value": 1})
     with pytest.raises(ZeroDivisionError):

