@@ -10,11 +10,11 @@ PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 # Tests run on the CPU, whatever the machine has, and speak to nobody.
-test test-slow test-all: export JAX_PLATFORMS := cpu
-test test-slow test-all: export HF_HUB_OFFLINE := 1
+test test-slow test-tpu test-all: export JAX_PLATFORMS := cpu
+test test-slow test-tpu test-all: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check test test-slow test-all format lock clean
+.PHONY: help .venv quickstart check test test-slow test-tpu test-all format lock clean
 
 help: ## list the targets
 	@grep -E '^[.a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,8 +45,10 @@ test-slow: test .venv-beam/installed ## test, then the slow tests
 	$(PYTEST) -m slow $(ARGS)
 	.venv-beam/bin/python -m pytest -m slow tests/data/test_beam.py
 
-test-all: test-slow .venv-tpu/installed .venv-torch/installed ## test-slow, then what needs the compiler for TPUs, or PyTorch
+test-tpu: .venv-tpu/installed ## what needs the compiler for TPUs: every kernel, a recipe of every objective
 	.venv-tpu/bin/python -m pytest -m slow tests/compiling
+
+test-all: test-slow test-tpu .venv-torch/installed ## test-slow and test-tpu, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.

@@ -1,6 +1,6 @@
 """Test perplexity of AR, BD3-LM, MDLM and SEDD, alike in all but the objective (paper: tables 3 and 4), in miniature.
 
-    python experiments/likelihood.py                # about six hours on two cores
+    python experiments/likelihood.py                # about three hours on two cores, if each has seeds of its own
     python experiments/likelihood.py --seeds=1      # two of these at once, for different seeds, may share a machine
 
 Trains the models of small_models.py, several seeds of each, and evaluates every one on all rows of the held-out

@@ -17,7 +17,7 @@ from bd3_jax.configs import quickstart
 from bd3_jax.data.prepare import prepare
 from bd3_jax.training.loop import train
 
-STEPS = 10_000
+STEPS = 6_000
 SEEDS = (0, 1, 2)
 # Name -> config string, in the paper's order of perplexity, the lowest first.
 MODELS = {

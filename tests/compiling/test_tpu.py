@@ -1,4 +1,4 @@
-"""With the TPU's compiler, in an environment of its own: `make test-all` makes it."""
+"""With the TPU's compiler, in an environment of its own: `make test-tpu` makes it."""
 
 import importlib.util
 import json
@@ -50,9 +50,15 @@ def test_two_slices_exchange_gradients_alone(compile_tiny):
     assert any(c.kind == "all-gather" and c.group == 4 for c in report.collectives)
 
 
+# Sizes that have kernels; blocks of 12 are divided otherwise than those of a power of 2.
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_small_model_fits_every_chip(compile_tiny, topology):
-    status, report = compile_tiny(f"--topology={topology}")
+def test_attention_compiles_for_every_chip(compile_tiny, topology, copies):
+    length, block_size = (128, 4) if copies == 1 else (384, 12)
+    status, report = compile_tiny(
+        f"--topology={topology}", f"--config.model.length={length}", f"--config.block_size={block_size}",
+        f"--config.training.noise_copies={copies}", "--config.model.width=128",
+    )  # fmt: skip
     assert status == 0
     assert report.chips == 4
     assert sum(c.count for c in report.collectives) >= 1
