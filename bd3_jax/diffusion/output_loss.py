@@ -98,9 +98,10 @@ def _compute(
     kernel = output.kernel.astype(hidden.dtype)
 
     # Counted positions first, and after the last one any that fill up a chunk.
-    order = jnp.argsort(~counted.reshape(shards, n), axis=1, stable=True)
-    count = counted.reshape(shards, n).sum(axis=1)
-    place = jnp.argsort(order, axis=1)
+    own = counted.reshape(shards, n)
+    order = jnp.argsort(~own, axis=1, stable=True)
+    before, count = own.cumsum(axis=1) - own, own.sum(axis=1)
+    place = jnp.where(own, before, count[:, None] + jnp.arange(n) - before)  # the inverse of `order`
     order = jnp.pad(order, ((0, 0), (0, -n % size)))
     hidden, args = (jax.tree.map(lambda x: x.reshape(shards, n, *x.shape[2:]), x) for x in (hidden, args))
 

@@ -6,6 +6,7 @@ A mesh of fewer devices than there are takes the first of them.
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -15,6 +16,7 @@ from etils import epath
 
 from bd3_jax import sharding
 from bd3_jax.checkpoints.run_folder import read_config
+from bd3_jax.compiling import hlo
 from bd3_jax.config import MeshConfig
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
@@ -57,7 +59,7 @@ def run(config, dataset, steps, name):
 
     update = jax.jit(make_update(model, optimizer, config, rows), donate_argnums=0, out_shardings=(shardings, None))
     update, losses = update.lower(state, batch).compile(), []
-    memory = update.memory_analysis()
+    memory, text = update.memory_analysis(), update.as_text()
     for step in range(steps):
         state, metrics = update(state, batch)
         losses.append(float(metrics["train/loss"]))
@@ -67,7 +69,23 @@ def run(config, dataset, steps, name):
             scale = 1 / (1 - config.optimizer.beta1)
             grads = {jax.tree_util.keystr(path): (np.ravel(m) * scale).tolist() for path, m in moments}
     bytes_held = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
-    return {"grads": grads, "losses": losses, "held": held, "memory": bytes_held}
+    return {
+        "grads": grads, "losses": losses, "held": held, "memory": bytes_held,
+        "collectives": sum(c.count for c in hlo.collectives(text, mesh.size)), "in_chunks": in_chunks(text),
+    }  # fmt: skip
+
+
+def in_chunks(text):
+    """Collectives within the loops over chunks of positions; those alone turn a number of times that is not known."""
+    lines, _ = hlo.computations(text)
+    loops = [line for body in lines.values() for line in body if " while(" in line and hlo.trips(line, lines) is None]
+    assert loops
+    inside, pending = [], [hlo.called(line, "body") for line in loops]
+    while pending:
+        for line in lines[pending.pop()]:
+            inside += re.findall(r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", line)
+            pending += re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.-]+)", line)
+    return inside
 
 
 def shard(array):

@@ -18,7 +18,10 @@ MESHES = ("1x1x1", "8x1x1", "2x4x1", "1x8x1", "2x2x2")
 OTHERS = ("1x1x8", "1x2x4", "1x4x2", "2x1x4", "4x1x2", "4x2x1")  # whose product is 8, too
 
 # Large enough for every rule to apply on 2x2x2; an even vocabulary (258).
-LARGE = {"model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "training.microbatches": 2}
+LARGE = {
+    "model.num_heads": 4, "model.width": 64, "training.batch_size": 16, "training.microbatches": 2,
+    "model.max_logits": 5 * 258,
+}  # fmt: skip
 
 
 def run_script(name: str, *args: str) -> str:
@@ -95,6 +98,13 @@ def test_memory_falls_as_more_devices_split_the_state(runs):
     assert total["1x8x1"] < total["2x4x1"] < total["8x1x1"]
     # Activations stay split by rows whatever splits the parameters.
     assert runs["1x8x1"]["memory"]["temporaries"] < 1.2 * runs["8x1x1"]["memory"]["temporaries"]
+
+
+def test_chunks_of_the_loss_exchange_nothing(runs):
+    """The output layer is gathered before the loop over them, and its gradient added up after it."""
+    for mesh in ("8x1x1", "2x4x1", "1x8x1"):
+        assert runs[mesh]["collectives"] > 0
+        assert runs[mesh]["in_chunks"] == []
 
 
 @pytest.mark.slow
