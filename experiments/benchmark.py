@@ -1,6 +1,6 @@
 """Speed of training, likelihood and sampling on this machine, as JSON and as a table.
 
-    python experiments/benchmark.py --torch --json=experiments/results/benchmark/cpu.json
+    python experiments/benchmark.py --torch --out=experiments/results/benchmark
     python experiments/benchmark.py --modes=train --objectives=bd3lm --set=model.width=768 --set=model.dtype=bfloat16
 
 Without --set, the network is the yardstick's: d = 256, 8 layers, 8 heads, L = 256, B = 16, batch 8. With --torch
@@ -13,20 +13,19 @@ masked on average. All programs run on all devices.
 
 import argparse
 import dataclasses
+import itertools
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from recording import Recording
 
 from bd3_jax import config as settings
 from bd3_jax.command_line import exit_status
@@ -238,6 +237,20 @@ def compare(objective: str, mode: str, vocab_size: int, peak: float, options: ar
     )
 
 
+def measured(
+    vocab_size: int, mode: str, objective: str, peak: float, options: argparse.Namespace, recording: Recording | None
+) -> Result:
+    """Measures, or finds in the record what was measured before."""
+    measure = lambda: dataclasses.asdict(compare(objective, mode, vocab_size, peak, options)) | {"matmul_peak": peak}
+    if recording is None:
+        figures = measure()
+        print(json.dumps(figures), flush=True)
+    else:
+        asked = {"objective": objective, "mode": mode, "vocab_size": vocab_size, "torch": options.torch}
+        figures = recording.cell(asked, configure(objective, options.set).to_dict(), measure)
+    return Result(**{field.name: figures[field.name] for field in dataclasses.fields(Result)})
+
+
 def matmul_peak(dtype: str) -> float:
     """FLOP/s of the best of several plain products over all devices of this process, one after another on each."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
@@ -282,35 +295,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="GROUP.NAME=VALUE")
     parser.add_argument("--torch", action="store_true", help="run the PyTorch yardstick beside ours")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="record there; what is there is not measured again")
     options = parser.parse_args(argv)
 
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     peak = matmul_peak(dtype)
     print(f"{jax.device_count()} {jax.devices()[0].device_kind}, plain {dtype} products {peak / 1e9:,.0f} GFLOP/s")
-    results = []
-    for vocab_size in options.vocab_sizes:
-        for mode in options.modes:
-            for objective in options.objectives:
-                results.append(compare(objective, mode, vocab_size, peak, options))
-                print(json.dumps(dataclasses.asdict(results[-1])), flush=True)
+    recording, results = Recording(options.out) if options.out else None, []
+    for cell in itertools.product(options.vocab_sizes, options.modes, options.objectives):
+        results.append(measured(*cell, peak, options, recording))
+        if recording is not None:
+            recording.write_table(table(results))
     print(table(results))
-    if options.json:
-        record: dict[str, Any] = {
-            "device": jax.devices()[0].device_kind,
-            "devices": jax.device_count(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "torch": sys.modules["torch"].__version__ if options.torch else None,
-            "matmul_peak": peak,
-            "overrides": options.set,
-            "steps": options.steps,
-            "rounds": options.rounds,
-            "results": [dataclasses.asdict(result) for result in results],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _choices(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:

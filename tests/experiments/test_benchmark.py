@@ -22,19 +22,20 @@ def test_a_setting_that_is_not_there(script):
 @pytest.mark.slow
 def test_benchmark_on_two_devices(tmp_path):
     """Figures that follow from each other agree; every mode has a row."""
-    file, path = tmp_path / "benchmark.json", Path(__file__).parents[2] / "experiments" / "benchmark.py"
+    path = Path(__file__).parents[2] / "experiments" / "benchmark.py"
     flags = [f"--set={name}={value}" for name, value in (TINY | {"sampling.max_length": 16}).items()]
-    command = [sys.executable, str(path), "--objectives=bd3lm", "--vocab_sizes=11", "--rounds=1", f"--json={file}"]
+    command = [sys.executable, str(path), "--objectives=bd3lm", "--vocab_sizes=11", "--rounds=1", f"--out={tmp_path}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    record = json.loads(file.read_text())
-    assert record["devices"] == 2
-    assert [result["mode"] for result in record["results"]] == ["train", "eval", "sample"]
-    for result in record["results"]:
+    cells = json.loads((tmp_path / "results.json").read_text())
+    assert all(cell["machine"]["devices"].startswith("2 ") for cell in cells)
+    results = [cell["figures"] for cell in cells]
+    assert [result["mode"] for result in results] == ["train", "eval", "sample"]
+    for result in results:
         assert result["tokens_per_second"] * result["step_seconds"] == pytest.approx(8 * 16)
         assert result["memory"] > 0
-    train, evaluation, _ = record["results"]
+    train, evaluation, _ = results
     assert train["flops"] > 2 * evaluation["flops"]  # the backward pass is two more products for each
-    assert train["peak_fraction"] == pytest.approx(train["flops"] / train["step_seconds"] / record["matmul_peak"])
+    assert train["peak_fraction"] == pytest.approx(train["flops"] / train["step_seconds"] / train["matmul_peak"])
     assert done.stdout.count("| bd3lm |") == 3
