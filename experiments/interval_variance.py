@@ -10,6 +10,7 @@ interval does not vary less than U[0, 1].
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -53,16 +54,29 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, obje
     """Trains, then draws losses: figures by interval. Variances are in squared nats per token."""
     prepare(config.data, config.model.length)
     train(config, workdir)
+    summary = orbax.summarize(workdir)
+    intervals = {"chosen": (summary.low, summary.high), **INTERVALS}
+    found = loss_variances(config, workdir, intervals, batches)
+    return {
+        "low": summary.low,
+        "high": summary.high,
+        "rows": batches * config.training.batch_size,
+        "intervals": found,
+    }
+
+
+def loss_variances(
+    config: Config, workdir: epath.Path, intervals: dict[str, tuple[float, float]], batches: int
+) -> dict[str, dict[str, float]]:
+    """The training loss of rows that training has not read, by interval: the same rows and keys for all."""
     dataset = open_dataset(config.data, config.model.length, "train")
     rows_read, batch_size = config.training.num_steps * config.training.batch_size, config.training.batch_size
     if rows_read + batches * batch_size > len(dataset):
         raise UserError(f"--steps and --batches take more than the {len(dataset)} rows of the training split")
-
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     model = LanguageModel.from_config(config, dataset.tokenizer.ids)
     params, _ = orbax.restore_params(config, workdir, "ema")
-    summary = orbax.summarize(workdir)
-    intervals = {"chosen": (summary.low, summary.high), **INTERVALS}
-    losses_of = jax.jit(lambda *args: model.training_loss(*args)[1])  # this recipe has no dropout
+    losses_of = jax.jit(lambda *args: model.training_loss(*args)[1])
     means: dict[str, list[float]] = {name: [] for name in intervals}
     variances: dict[str, list[float]] = {name: [] for name in intervals}
     unread = train_batches(dataset, batch_size, config.seed, rows_read, 0, 1)
@@ -74,18 +88,13 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, obje
             means[name].append(losses.mean())
     unread.close()
     return {
-        "low": summary.low,
-        "high": summary.high,
-        "rows": batches * batch_size,
-        "intervals": {
-            name: {
-                "mean": np.mean(means[name]),
-                "block_variance": np.mean(variances[name]),
-                "standard_error": np.std(variances[name], ddof=1) / math.sqrt(batches),
-                "batch_variance": np.var(means[name], ddof=1),
-            }
-            for name in intervals
-        },
+        name: {
+            "mean": np.mean(means[name]),
+            "block_variance": np.mean(variances[name]),
+            "standard_error": np.std(variances[name], ddof=1) / math.sqrt(batches),
+            "batch_variance": np.var(means[name], ddof=1),
+        }
+        for name in intervals
     }
 
 

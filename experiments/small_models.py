@@ -60,11 +60,19 @@ def trained(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -
       its settings and its workdir.
     """
     string, place = MODELS[name], workdir(name, seed, steps, runs)
-    if not string.startswith("bd3lm"):
-        return _train(settings(string, seed, steps), place)
-    _, begun = _train(settings("mdlm", seed, steps // 2), workdir("first half", seed, steps, runs))
-    second = settings(string, seed, steps - steps // 2)
-    return _train(dataclasses.replace(second, init_from=str(begun)), place)
+    config = settings(string, seed, steps)
+    if config.objective == "bd3lm":
+        second = settings(string, seed, steps - steps // 2)
+        config = dataclasses.replace(second, init_from=str(first_half(seed, steps, runs)))
+    train_on(config, place)
+    return config, place
+
+
+def first_half(seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> epath.Path:
+    """Trains the MDLM from which BD3-LMs of that seed and number of steps go on; its workdir."""
+    place = workdir("first half", seed, steps, runs)
+    train_on(settings("mdlm", seed, steps // 2), place)
+    return place
 
 
 def finished(steps: int = STEPS, runs: epath.Path = RUNS) -> list[tuple[str, int, Config, epath.Path]]:
@@ -79,7 +87,7 @@ def finished(steps: int = STEPS, runs: epath.Path = RUNS) -> list[tuple[str, int
     return found
 
 
-def _train(config: Config, place: epath.Path) -> tuple[Config, epath.Path]:
+def train_on(config: Config, place: epath.Path) -> None:
+    """Prepares the corpus and trains to the end, whatever of that is still to be done."""
     prepare(config.data, config.model.length)
     train(config, place)
-    return config, place
