@@ -12,7 +12,7 @@ there); OUT/table.md shows all. Figures are per chip and step. Nothing was run: 
 matrix products counted in the program, and times that follow from published peaks are estimates. Exit status 1 where a
 recipe does not fit its machine.
 
---unroll compiles with all layers unrolled, so that the compiler's bytes and time count every layer (slow to compile);
+--unroll compiles with all layers unrolled, so that the compiler's time counts every layer (slow to compile);
 --baseline does so for the yardstick: dense [2L, 2L] attention and whole logits. Further --config.GROUP.NAME=VALUE hold
 for every cell.
 """
@@ -101,7 +101,7 @@ def fits(figures: dict[str, Any]) -> bool:
 
 def table(recorded: list[dict[str, Any]]) -> str:
     """Markdown, a row a cell."""
-    heads = ["config", "machine", "rows a chip", "flags", "fits", "memory", "temporaries", "TFLOP", "GB moved"]
+    heads = ["config", "machine", "rows a chip", "flags", "fits", "memory", "temporaries", "TFLOP", "GB of HBM"]
     heads += ["compiler's estimate ms", "sent", "roofline ms", "links' share", "tokens/s a chip at most", "compile s"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for cell in recorded:
@@ -114,7 +114,7 @@ def table(recorded: list[dict[str, Any]]) -> str:
         report = Report.from_record(figures["report"])
         times = report.roofline(targets.parse(report.topology).chip)
         bound = max((seconds for seconds in times.values() if not math.isnan(seconds)), default=math.nan)
-        moved, estimate = report.compiler_bytes, report.compiler_seconds
+        moved, estimate = report.moved_bytes, report.compiler_seconds
         cells += ["yes" if report.fits else "NO", "-" if report.needed is None else amount(report.needed)]
         cells += [amount(report.memory["temporaries"]) if report.fits else "-", f"{report.program_flops / 1e12:.2f}"]
         cells += ["-" if moved is None else f"{moved / 1e9:.1f}", "-" if estimate is None else f"{1e3 * estimate:.1f}"]

@@ -32,7 +32,7 @@ def compile_program(
     lowered_at = time.perf_counter()
     memory, needed = {**program.beside, **program.held}, None
     cost: dict[str, Any] = {}
-    call_bytes = None
+    moved_bytes = call_bytes = None
     text, message = "", ""
     try:
         compiled = lowered.compile()
@@ -43,8 +43,10 @@ def compile_program(
         needed = hlo.needed(message)
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text() or ""
-        if program.calls:
-            call_bytes = traffic.moved(text, program.calls.repeated) / program.calls.number
+        if chip.platform == "tpu":
+            moved_bytes = traffic.moved(text, program.calls.repeated if program.calls else program.turns)
+        if moved_bytes and program.calls:
+            call_bytes = moved_bytes / program.calls.number
         memory["temporaries"] = stats.temp_size_in_bytes
         memory["batch and results"] = (
             stats.argument_size_in_bytes
@@ -72,6 +74,7 @@ def compile_program(
         program_flops=program.flops / len(devices),
         compiler_flops=cost.get("flops"),
         compiler_bytes=cost.get("bytes accessed"),
+        moved_bytes=moved_bytes,
         compiler_seconds=seconds if seconds is not None and seconds > 0 else None,
         call_bytes=call_bytes,
         call_floor=program.calls.floor if program.calls else None,

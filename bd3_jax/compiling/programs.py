@@ -56,6 +56,7 @@ class Program(NamedTuple):
         layer at every position, though it is left out where nothing is masked. Of sample, where a block takes as many
         network calls as it needs, those after the first count as one.
       beside: bytes by kind of what a chip holds all the same.
+      turns: of the loops whose number of turns depends on what is drawn, as `flops` counts them.
       calls: where it samples a token a call, with keys and values kept.
     """
 
@@ -64,6 +65,7 @@ class Program(NamedTuple):
     rows: int
     flops: float
     beside: Mapping[str, int] = MappingProxyType({})
+    turns: float = 1
     calls: Calls | None = None
 
 
@@ -84,8 +86,9 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
         rows = config.training.batch_size
         together = rows * model.noise_copies // config.training.microbatches
-        flops = product_flops(traced.jaxpr, model.most_chunks(together))
-        return Program(traced, {name: _bytes(tree) for name, tree in kinds.items()}, rows, flops)
+        turns = model.most_chunks(together)
+        held = {name: _bytes(tree) for name, tree in kinds.items()}
+        return Program(traced, held, rows, product_flops(traced.jaxpr, turns), turns=turns)
     params = jax.tree.map(
         lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own),
         model.network.abstract_params(),
@@ -98,7 +101,8 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         batch = jax.ShapeDtypeStruct((rows, model.length), jnp.int32, sharding=split)
         key = jax.eval_shape(lambda: jax.random.key(0))
         traced = likelihood_program(model, config.eval.estimator, split).trace(params, batch, key)
-        return Program(traced, held, rows, product_flops(traced.jaxpr, model.most_chunks(rows)))
+        turns = model.most_chunks(rows)
+        return Program(traced, held, rows, product_flops(traced.jaxpr, turns), turns=turns)
     rows = config.sampling.batch_size
     split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
     sampler = Sampler.from_config(model, config.sampling)
@@ -109,7 +113,7 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         read = _bytes((weights.layers, weights.final, weights.output))  # but few rows of the embedding
         calls = Calls(blocks * model.block_size, model.block_size - 1, read + context)
     kinds = {"weights for sampling": _bytes(weights), "context of samples": context}
-    return Program(traced, kinds, rows, product_flops(traced.jaxpr), held, calls)
+    return Program(traced, kinds, rows, product_flops(traced.jaxpr), held, calls=calls)
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:

@@ -34,7 +34,8 @@ class Report:
       program_flops: of matrix products, counted in the traced program with its loops, divided by the chips; see
         `programs.Program`.
       compiler_flops: as the compiler counts; bodies of loops once. None where it counts none.
-      compiler_bytes: moved to and from HBM; see `compiler_flops`.
+      compiler_bytes: moved, on the chip too; see `compiler_flops`.
+      moved_bytes: to and from HBM, loops included, read off the program; None but for TPUs.
       compiler_seconds: the compiler's own estimate, where it has one.
       cycles: the TPU compiler's estimate over its fusions, loops included; kernels have none.
       collectives: in the order of their traffic.
@@ -65,6 +66,7 @@ class Report:
     advice: list[str]
     lower_seconds: float
     compile_seconds: float
+    moved_bytes: float | None = None
     call_bytes: float | None = None
     call_floor: int | None = None
 
@@ -86,7 +88,7 @@ class Report:
         """Least seconds of a run by each resource at its published peak; nan where there is no figure."""
         return {
             "matrix products": self.program_flops / chip.flops,
-            "HBM": math.nan if self.compiler_bytes is None else self.compiler_bytes / chip.bandwidth,
+            "HBM": math.nan if self.moved_bytes is None else self.moved_bytes / chip.bandwidth,
             "links": self.traffic / chip.link,
         }
 
@@ -101,7 +103,9 @@ class Report:
         if self.compiler_flops is not None:
             lines.append(f"the compiler counts {self.compiler_flops / 1e12:.3f} TFLOP, bodies of loops once")
         if self.compiler_bytes is not None:
-            lines.append(f"bytes moved: {self.compiler_bytes / 1e9:.1f} GB a chip, bodies of loops once")
+            lines.append(f"it counts {self.compiler_bytes / 1e9:.1f} GB moved a chip, bodies of loops once")
+        if self.moved_bytes is not None:
+            lines.append(f"moved to and from HBM: {self.moved_bytes / 1e9:.1f} GB a chip, loops included")
         if self.compiler_seconds is not None:
             lines.append(f"the compiler's estimate: {self.compiler_seconds * 1e3:.1f} ms, bodies of loops once")
         if self.call_bytes is not None and self.call_floor is not None:
