@@ -98,6 +98,11 @@ def plot(found: dict[tuple[str, int, int], dict[str, float]]) -> Figure:
             ]
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=case)
         axes.set(title=f"batch {batch}", xlabel="context, tokens", xscale="log", yscale="log")
+        lengths = sorted({length for _, length, _ in found})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xticks([], minor=True)
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:,.0f}")
     figure.axes[0].set_ylabel("tokens/s")
     figure.axes[0].legend(fontsize=7)
     return figure
