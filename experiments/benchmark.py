@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,11 @@ class Result:
     peak_fraction: float | None
     torch_tokens_per_second: float | None
     ratio: float | None
+
+    @classmethod
+    def of(cls, figures: dict[str, Any]) -> "Result":
+        """Out of a record, which may have more."""
+        return cls(**{field.name: figures[field.name] for field in dataclasses.fields(cls)})
 
 
 def configure(objective: str, overrides: list[str]) -> Config:
@@ -248,7 +254,7 @@ def measured(
     else:
         asked = {"objective": objective, "mode": mode, "vocab_size": vocab_size, "torch": options.torch}
         figures = recording.cell(asked, configure(objective, options.set).to_dict(), measure)
-    return Result(**{field.name: figures[field.name] for field in dataclasses.fields(Result)})
+    return Result.of(figures)
 
 
 def matmul_peak(dtype: str) -> float:
@@ -305,7 +311,7 @@ def main(argv: list[str]) -> None:
     for cell in itertools.product(options.vocab_sizes, options.modes, options.objectives):
         results.append(measured(*cell, peak, options, recording))
         if recording is not None:
-            recording.write_table(table(results))
+            recording.write_table(table([Result.of(cell["figures"]) for cell in recording.cells]))
     print(table(results))
 
 
