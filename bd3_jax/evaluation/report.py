@@ -4,6 +4,8 @@ import html
 import json
 import math
 import platform
+import statistics
+from collections import Counter
 from importlib import metadata
 from typing import Any
 
@@ -92,6 +94,7 @@ def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: lis
         _search(metrics),
         "<h2>Samples</h2>",
         "".join(_sample(sample) for sample in samples[-8:]) or '<p class="soft">None yet: bd3 sample draws some.</p>',
+        _lengths(samples),
         f"<h2>Metrics</h2>{_last_values(metrics)}",
         f"<h2>Settings</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre>",
         f'<p class="soft">{html.escape(_environment())}</p>',
@@ -114,6 +117,22 @@ def _sample(sample: dict[str, Any]) -> str:
     facts = {key: sample[key] for key in ("nfe", "length", "entropy") if type(sample.get(key)) in (int, float)}
     footer = ", ".join(f"{key} {value:.4g}" for key, value in facts.items())
     return f"<blockquote>{html.escape(sample['text'])}<footer>{footer}</footer></blockquote>"
+
+
+def _lengths(samples: list[dict[str, Any]]) -> str:
+    """How long the samples are, where they differ, and how they ended."""
+    lengths = sorted(sample["length"] for sample in samples if type(sample.get("length")) is int)
+    if len(set(lengths)) < 2:
+        return ""
+    ended = Counter(str(sample.get("stopped") or "max_length") for sample in samples)
+    rejected = sum(n for sample in samples if type(n := sample.get("rejected")) is int)
+    facts = [f"median {statistics.median(lengths):g}, longest {lengths[-1]} of {len(lengths)} samples"]
+    facts += [f"{count} ended by {reason}" for reason, count in ended.most_common()]
+    facts += [f"{rejected} draws rejected"] if rejected else []
+    # The share of samples at least so long: no bins to choose.
+    longer: Series = [(length, 100 * (1 - n / len(lengths))) for n, length in enumerate(lengths)]
+    chart = _chart("Samples at least so long, %", longer, "tokens")
+    return f'<h2>Lengths</h2><p class="soft">{html.escape("; ".join(facts))}.</p><div class="charts">{chart}</div>'
 
 
 def _environment() -> str:

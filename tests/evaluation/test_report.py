@@ -81,6 +81,17 @@ def test_search_and_positions_are_drawn(run: Path) -> None:
     assert page.text.count("(chosen)") == 1
 
 
+def test_lengths_are_drawn_where_they_differ(run: Path) -> None:
+    assert "Lengths" not in Page(write_report(epath.Path(run)).read_text()).text
+    kinds = [(40, "eos", 0), (300, "", 2), (120, "eos", 0), (80, "<entropy>", "?")]
+    samples = [{"text": "x", "length": n, "stopped": why, "rejected": times} for n, why, times in kinds]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    page = Page(write_report(epath.Path(run)).read_text())
+    told = "median 100, longest 300 of 4 samples; 2 ended by eos; 1 ended by max_length; 1 ended by <entropy>; "
+    assert told + "2 draws rejected." in page.text
+    assert "Samples at least so long, %, by tokens last 25" in page.text
+
+
 def test_half_written_last_line_is_left_out(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 200, "train/lo')
