@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, QKVLayout, make_splash_mha
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -74,8 +74,9 @@ def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret:
 def _attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret: bool) -> Heads:
     tile_q, tile_k = (_divisor(x.shape[2], tile) for x in (q, k))
     sizes = BlockSizes(
-        block_q=tile_q, block_kv=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k
-    )
+        block_q=tile_q, block_kv=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k,
+        q_layout=QKVLayout.SEQ_MINOR, k_layout=QKVLayout.SEQ_MINOR, v_layout=QKVLayout.SEQ_MINOR,
+    )  # fmt: skip
     mask = _Pattern((q.shape[2], k.shape[2]), visible)
     kernel = make_splash_mha(
         masks.MultiHeadMask([mask] * q.shape[1]),
