@@ -10,6 +10,7 @@ Each goes on where it was interrupted, and writes the table anew.
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -122,19 +123,21 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, dict[str, Any]]) -> Figure:
-    """Pooled perplexity by network calls."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Pooled perplexity by network calls; the entropy stands in the legend, since a low one buys a low perplexity."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes, markers = figure.subplots(), itertools.cycle("osD^v<>pX*P")
     for name, figures in found.items():
         if "pooled_perplexity" not in figures:
             continue
+        perplexity = figures["pooled_perplexity"]
         if "nfe" in figures:
-            axes.plot(figures["nfe"], figures["pooled_perplexity"], "o")
-            axes.annotate(name, (figures["nfe"], figures["pooled_perplexity"]), fontsize=7)
+            label = f"{name}: {figures['entropy']:.2f} nats"
+            axes.plot(figures["nfe"], perplexity, next(markers), markersize=9, alpha=0.7, label=label)
         else:
-            axes.axhline(figures["pooled_perplexity"], color="grey", linestyle="--", label=name)
-            axes.legend()
+            axes.axhline(perplexity, color="grey", linestyle="--", label=name)
     axes.set(xlabel="network calls per text", ylabel="perplexity, pooled over texts", yscale="log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    figure.legend(loc="outside right upper")
     return figure
 
 
