@@ -68,10 +68,12 @@ def rotate(x: Float[Array, "... L k"], cos: Array, sin: Array) -> Float[Array, "
     return rotated.astype(x.dtype)
 
 
-def _product(x: Float[Array, "*n i"], kernel: Float[Array, "i *o"]) -> Float[Array, "..."]:
-    """As one matrix product: on CPU its gradients are faster than those of products over several axes."""
-    flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
-    return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
+def _product(x: Float[Array, "*n i"], kernel: Float[Array, "i *o"], flat: bool) -> Float[Array, "..."]:
+    """`flat`: as one matrix product, see `platform.flat_products`."""
+    if not flat:
+        return jnp.tensordot(x, kernel, axes=1)
+    product = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 @jax.tree_util.register_dataclass
@@ -106,12 +108,12 @@ class Entry:
         kernel = gain.reshape(-1, *(1,) * (kernel.ndim - 1)) * kernel
         return jax.tree.map(lambda x: x.astype(dtype), cls(kernel, bias, scale))
 
-    def __call__(self, y: Streams) -> Float[Array, "b s L *o"]:
+    def __call__(self, y: Streams, flat: bool) -> Float[Array, "b s L *o"]:
         if self.scale is None:
-            out = _product(y, self.kernel)
+            out = _product(y, self.kernel, flat)
             return out if self.bias is None else out + self.bias
         assert self.bias is not None
-        return _product(y * (1 + self.scale[:, None, None]), self.kernel) + self.bias[:, None, None]
+        return _product(y * (1 + self.scale[:, None, None]), self.kernel, flat) + self.bias[:, None, None]
 
 
 @jax.tree_util.register_dataclass
@@ -136,8 +138,18 @@ class Exit:
             kernel, bias, gate = kernel * gate[0], None if bias is None else bias * gate[0], None
         return jax.tree.map(lambda x: x.astype(dtype), cls(kernel, bias, gate))
 
-    def __call__(self, x: Float[Array, "b s L i"]) -> Streams:
-        out = _product(x, self.kernel)
+    def __call__(self, x: Float[Array, "b s L i"], flat: bool) -> Streams:
+        return self._gated(_product(x, self.kernel, flat))
+
+    def of_heads(self, x: Float[Array, "b h s L k"], flat: bool) -> Streams:
+        """Of the heads one after the other."""
+        if flat:
+            joined = jnp.moveaxis(x, 1, -2)
+            return self(joined.reshape(*joined.shape[:-2], -1), flat)
+        kernel = self.kernel.reshape(x.shape[1], x.shape[-1], -1)
+        return self._gated(jnp.einsum("bhslk,hkd->bsld", x, kernel))
+
+    def _gated(self, out: Streams) -> Streams:
         out = out if self.bias is None else out + self.bias
         return out if self.gate is None else out * self.gate[:, None, None]
 
@@ -154,6 +166,7 @@ class Layer:
     mlp_in: Entry
     mlp_out: Exit
     dropout: float = dataclasses.field(metadata=dict(static=True))
+    flat: bool = dataclasses.field(metadata=dict(static=True))  # see `platform.flat_products`
 
     def __call__(
         self,
@@ -184,16 +197,16 @@ class Layer:
         q, k, v = (
             checkpoint_name(heads, HEADS)
             for heads in (
-                rotate(_heads_first(self.q(y_q)), *rotary_q),
-                rotate(_heads_first(self.k(y)), *rotary),
-                _heads_first(self.v(y)),
+                rotate(_heads_first(self.q(y_q, self.flat)), *rotary_q),
+                rotate(_heads_first(self.k(y, self.flat)), *rotary),
+                _heads_first(self.v(y, self.flat)),
             )
         )
-        joined = jnp.moveaxis(attend(q, k, v), 1, -2)
-        x = x + _dropout(self.attention_out(joined.reshape(x.shape)), self.dropout, key_a)
-        hidden = checkpoint_name(self.mlp_in(normalise(x)), HIDDEN)
+        x = x + _dropout(self.attention_out.of_heads(attend(q, k, v), self.flat), self.dropout, key_a)
+        hidden = checkpoint_name(self.mlp_in(normalise(x), self.flat), HIDDEN)
         # Only `hidden` is kept: a GELU is computed faster than it is read.
-        out = jax.checkpoint(lambda exit, hidden: exit(jax.nn.gelu(hidden)), prevent_cse=False)(self.mlp_out, hidden)
+        leave = jax.checkpoint(lambda exit, hidden: exit(jax.nn.gelu(hidden), self.flat), prevent_cse=False)
+        out = leave(self.mlp_out, hidden)
         return x + _dropout(out, self.dropout, key_m), (k, v)
 
 

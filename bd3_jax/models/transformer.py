@@ -20,7 +20,7 @@ from bd3_jax.config import ModelConfig
 from bd3_jax.models import attention
 from bd3_jax.models.kv_cache import KVBlock, KVCache
 from bd3_jax.models.layer import REMAT_SAVED, Entry, Exit, Layer, normalise
-from bd3_jax.models.platform import settle
+from bd3_jax.models.platform import flat_products, settle
 
 Params = dict[str, Any]
 TIME_FEATURES = 256
@@ -100,7 +100,7 @@ class Block(nnx.Module):
             Linear(model.cond_dim, (6, width), ("cond", None, "embed"), rngs=rngs, zero=True) if adaln else None
         )
 
-    def layer(self, cond: Float[Array, "b c"] | None, dtype: jnp.dtype) -> Layer:
+    def layer(self, cond: Float[Array, "b c"] | None, dtype: jnp.dtype, flat: bool) -> Layer:
         """The weights as they compute; `cond`: of each sequence, or b = 1 for all of them, or None (no adaLN)."""
         shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
         enter_a = enter_m = None
@@ -115,7 +115,7 @@ class Block(nnx.Module):
             Exit.fold(attention_out, None, gate_a, dtype),
             Entry.fold(self.mlp_in.kernel[...], self.mlp_in.bias[...], self.mlp_norm[...], enter_m, dtype),
             Exit.fold(self.mlp_out.kernel[...], self.mlp_out.bias[...], gate_m, dtype),
-            self.dropout,
+            self.dropout, flat,
         )  # fmt: skip
 
 
@@ -184,6 +184,10 @@ class Network:
     def settled(self) -> ModelConfig:
         """The settings as they are on its platform."""
         return settle(self.model, self.platform or jax.default_backend())
+
+    @property
+    def _flat(self) -> bool:
+        return flat_products(self.platform or jax.default_backend())
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -273,7 +277,7 @@ class Network:
 
         def apply_block(x: Array, index: Array | int, block: Any, streams: int) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            layer = nnx.merge(graph, block).layer(cond, dtype)
+            layer = nnx.merge(graph, block).layer(cond, dtype, self._flat)
             return _by_rows(layer(_by_rows(x), rotary, attend, key, streams)[0])
 
         apply_block = self._rematerialised(apply_block)
@@ -330,7 +334,7 @@ class Network:
         transformer = self._merge(params)
         graph, blocks = nnx.split(transformer.blocks)
         cond = self._cond(transformer, None)
-        layers = jax.vmap(lambda block: nnx.merge(graph, block).layer(cond, self.dtype))(blocks)
+        layers = jax.vmap(lambda block: nnx.merge(graph, block).layer(cond, self.dtype, self._flat))(blocks)
         if self._is_unrolled:
             each = (jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(self.model.num_layers))
             layers = jax.lax.optimization_barrier(tuple(each))
