@@ -53,7 +53,8 @@ def test_docstrings_are_shown_as_they_are_meant(site):
 def test_nothing_is_fetched_from_elsewhere(site):
     for path in site.rglob("*.html"):
         assert not re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', path.read_text())
-    assert not any("http" in path.read_text() and "@import" in path.read_text() for path in site.rglob("style.css"))
+    for path in site.rglob("*.css"):
+        assert not re.findall(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""", path.read_text())
 
 
 def test_formulas_and_pictures_are_in_the_page(site):
