@@ -87,7 +87,7 @@ def to_rest(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
         paragraphs[1:] = [[f"    {line}" for line in paragraph] for paragraph in paragraphs[1:]]
     if what == "class":
         paragraphs = [_without_fields(paragraph, name, obj) for paragraph in paragraphs]
-    lines[:] = [line for paragraph in paragraphs for line in [*_paragraph(paragraph), ""]]
+    lines[:] = [line for paragraph in filter(None, paragraphs) for line in [*_paragraph(paragraph), ""]]
 
 
 def _without_fields(lines: list[str], name: str, obj: Any) -> list[str]:
