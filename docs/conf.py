@@ -106,7 +106,7 @@ def _without_fields(lines: list[str], name: str, obj: Any) -> list[str]:
 
 
 def _paragraph(lines: list[str]) -> Iterator[str]:
-    if all(line.startswith("|") for line in lines):
+    if len(lines) > 1 and set(lines[1]) <= set("|-: "):
         yield from [".. list-table::", "   :header-rows: 1", ""]
         for row in [lines[0], *lines[2:]]:
             cells = [_escaped(cell.strip()) for cell in row[1:-1].split(" | ")]
