@@ -10,11 +10,11 @@ PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 # Tests run on the CPU, whatever the machine has, and speak to nobody.
-test test-slow test-tpu test-all: export JAX_PLATFORMS := cpu
-test test-slow test-tpu test-all: export HF_HUB_OFFLINE := 1
+test test-slow test-tpu test-docs test-all docs: export JAX_PLATFORMS := cpu
+test test-slow test-tpu test-docs test-all docs: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check test test-slow test-tpu test-all format lock clean
+.PHONY: help .venv quickstart check test test-slow test-tpu test-docs test-all docs format lock clean
 
 help: ## list the targets
 	@grep -E '^[.a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,7 +48,10 @@ test-slow: test .venv-beam/installed ## test, then the slow tests
 test-tpu: .venv-tpu/installed ## what needs the compiler for TPUs: every kernel, a recipe of every objective
 	.venv-tpu/bin/python -m pytest -m slow tests/compiling
 
-test-all: test-slow test-tpu .venv-torch/installed ## test-slow and test-tpu, then what needs PyTorch
+test-docs: .venv-docs/installed ## builds the documentation, warnings as errors, and looks at its pages
+	.venv-docs/bin/python -m pytest -m slow tests/docs
+
+test-all: test-slow test-tpu test-docs .venv-torch/installed ## test-slow, test-tpu, test-docs, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
@@ -72,6 +75,16 @@ test-all: test-slow test-tpu .venv-torch/installed ## test-slow and test-tpu, th
 	@.venv-torch/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+docs: .venv-docs/installed ## the documentation as HTML: build/docs/index.html
+	@.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
+
+.venv-docs/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python $(PIP) --requirement requirements.lock sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19
+	@.venv-docs/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
 format: .venv ## format the code and apply what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -85,5 +98,5 @@ lock: ## write requirements.lock anew from setup.py's ranges
 	@mv build/requirements.lock requirements.lock
 
 clean: ## remove the environment, caches and build products (data/ and runs/ stay)
-	@rm -rf .venv .venv-beam .venv-tpu .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv .venv-beam .venv-tpu .venv-torch .venv-docs build docs/api dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find bd3_jax configs tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
