@@ -49,7 +49,7 @@ test-tpu: .venv-tpu/installed ## what needs the compiler for TPUs: every kernel,
 	.venv-tpu/bin/python -m pytest -m slow tests/compiling
 
 test-notebooks: .venv-notebooks/installed ## the notebooks of docs/notebooks/, executed with small settings
-	.venv-notebooks/bin/python -m pytest tests/test_notebooks.py $(ARGS)
+	.venv-notebooks/bin/python -m pytest tests/experiments/test_notebooks.py $(ARGS)
 
 test-all: test-slow test-tpu test-notebooks .venv-torch/installed ## all of these, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
