@@ -10,11 +10,11 @@ PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 # Tests run on the CPU, whatever the machine has, and speak to nobody.
-test test-slow test-tpu test-docs test-all docs: export JAX_PLATFORMS := cpu
-test test-slow test-tpu test-docs test-all docs: export HF_HUB_OFFLINE := 1
+test test-slow test-tpu test-docs test-notebooks test-all docs: export JAX_PLATFORMS := cpu
+test test-slow test-tpu test-docs test-notebooks test-all docs: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check test test-slow test-tpu test-docs test-all docs format lock clean
+.PHONY: help .venv quickstart check test test-slow test-tpu test-docs test-notebooks test-all docs format lock clean
 
 help: ## list the targets
 	@grep -E '^[.a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z-]+):.*## /\1\t/' | expand -t 14
@@ -51,7 +51,10 @@ test-tpu: .venv-tpu/installed ## what needs the compiler for TPUs: every kernel,
 test-docs: .venv-docs/installed ## builds the documentation, warnings as errors, and looks at its pages
 	.venv-docs/bin/python -m pytest -m slow tests/docs
 
-test-all: test-slow test-tpu test-docs .venv-torch/installed ## test-slow, test-tpu, test-docs, then what needs PyTorch
+test-notebooks: .venv-notebooks/installed ## the notebooks of docs/notebooks/, executed with small settings
+	.venv-notebooks/bin/python -m pytest tests/test_notebooks.py $(ARGS)
+
+test-all: test-slow test-tpu test-docs test-notebooks .venv-torch/installed ## all of these, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
@@ -62,11 +65,17 @@ test-all: test-slow test-tpu test-docs .venv-torch/installed ## test-slow, test-
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
 	@touch $@
 
-# What `make test` does without: the compiler for TPUs, and the yardstick's PyTorch.
+# What `make test` does without: the compiler for TPUs, a kernel for notebooks, and the yardstick's PyTorch.
 .venv-tpu/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python $(PIP) --requirement requirements.lock 'libtpu==0.0.42.*'
 	@.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-notebooks/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-notebooks
+	@.venv-notebooks/bin/python $(PIP) --requirement requirements.lock nbclient==0.11.0 ipykernel==7.4.0
+	@.venv-notebooks/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv-torch/installed: requirements.lock setup.py
@@ -98,5 +107,5 @@ lock: ## write requirements.lock anew from setup.py's ranges
 	@mv build/requirements.lock requirements.lock
 
 clean: ## remove the environment, caches and build products (data/ and runs/ stay)
-	@rm -rf .venv .venv-beam .venv-tpu .venv-torch .venv-docs build docs/api dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv .venv-beam .venv-notebooks .venv-tpu .venv-torch .venv-docs build docs/api dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find bd3_jax configs tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

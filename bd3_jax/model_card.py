@@ -6,6 +6,8 @@ from typing import Any
 from etils import epath
 
 from bd3_jax.checkpoints.published import TOKENIZERS
+from bd3_jax.data.manifest import load_manifest
+from bd3_jax.errors import UserError
 from bd3_jax.pretrained import Pretrained
 
 _UNKNOWN = "not stated by the source"
@@ -32,6 +34,7 @@ def model_card(loaded: Pretrained, name: str, weights: str) -> str:
       weights: ema or raw.
     """
     a = loaded.architecture
+    searched = a.searched and (loaded.run is None or loaded.config.search.enabled)
     facts = {
         "objective": f"{a.objective}: {_OBJECTIVES[a.objective]}",
         "block size B": str(a.block_size),
@@ -41,7 +44,7 @@ def model_card(loaded: Pretrained, name: str, weights: str) -> str:
         + f"{_count(loaded):,} parameters, float32",
         "vocabulary V": f"{a.vocab_size:,} with the mask (id {loaded.mask_id})",
         "noise": f"{a.schedule}, t in [{a.low}, {a.high}]"
-        + (" (searched)" if a.searched else "")
+        + (" (searched)" if searched else "")
         + f"; position 0 is {'never' if a.ignore_bos else 'also'} masked",
         "weights": "exponential moving average" if weights == "ema" else "raw, not averaged",
         "source": f"`{loaded.source}`",
@@ -97,23 +100,34 @@ def _training(loaded: Pretrained) -> dict[str, str]:
         "tokenizer": f"{data.tokenizer or 'the usual one of the corpus'} (fingerprint {own})",
         "EOS": f"{'after every document' if data.insert_eos else 'not between documents'}; "
         f"{'BOS and EOS around every row' if data.insert_special else 'none around rows'}",
-        "training corpus": data.corpus,
+        "training corpus": data.corpus + _licence(loaded.run),
         "training steps": steps,
         "evaluation": _evaluation(loaded.run),
     }
 
 
+def _licence(workdir: epath.Path) -> str:
+    """Of the corpus' text, where the run's manifest names one."""
+    try:
+        licence = load_manifest(workdir).licence
+    except (OSError, UserError):
+        return ""
+    return f"; licence of the text: {licence}"
+
+
 def _evaluation(workdir: epath.Path) -> str:
-    """The last evaluation in metrics.jsonl."""
+    """The evaluations after the last step that was evaluated: the newest of each split and estimator."""
     try:
         lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        last = [record for record in records if "eval/perplexity" in record][-1]
-        return (
-            f"perplexity {last['eval/perplexity']:.3f} +- {last['eval/perplexity_standard_error']:.3f} "
-            f"({last['eval/estimator']}) on {last['eval/tokens']:,} tokens of the {last['eval/split']} split, "
-            f"after {last['step']:,} steps"
-        )
+        records = [record for record in records if "eval/perplexity" in record]
+        records = [record for record in records if record["step"] == records[-1]["step"]]
+        newest = {(record["eval/split"], record["eval/estimator"]): record for record in records}
+        return "; ".join(
+            f"perplexity {record['eval/perplexity']:.3f} +- {record['eval/perplexity_standard_error']:.3f} "
+            f"({estimator}) on {record['eval/tokens']:,} tokens of the {split} split, after {record['step']:,} steps"
+            for (split, estimator), record in newest.items()
+        ) or _UNKNOWN  # fmt: skip
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return _UNKNOWN
 

@@ -19,11 +19,12 @@ from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, sequence_losses
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
-from bd3_jax.sampling.drawing import draw
+from bd3_jax.sampling.drawing import Drawn, draw
 from bd3_jax.sampling.infilling import resolve
 from bd3_jax.sampling.run import Sample, batch_size
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.sampling.streaming import pieces
+from bd3_jax.sampling.trace import Replay, Trace
 from bd3_jax.special_ids import SpecialIds
 
 BERT_VOCABULARY, BERT_CLS, BERT_MASK = 30522, 101, 103
@@ -123,9 +124,17 @@ class Pretrained:
           UserError: a setting that is unknown or that the model cannot serve, or a text without a tokenizer.
         """
         sampler, row = self._sampler(prompt, infill, settings)
-        c = sampler.config
-        drawn = draw(sampler, self.params, row, c.num_samples, batch_size(c, self.model))
-        return [Sample.of(each, c.seed, self.step or 0, self.tokenizer) for each in drawn]
+        seed, step = sampler.config.seed, self.step or 0
+        return [Sample.of(drawn, seed, step, self.tokenizer) for drawn in self._draw(sampler, row)]
+
+    def replay(
+        self, prompt: str | Sequence[int] = "", *, infill: str | Sequence[int | None] = "", **settings: Any
+    ) -> Replay:
+        """How the samples of `sample` come about, call by call: a notebook shows it; `Replay.html` is a page."""
+        sampler, row = self._sampler(prompt, infill, settings)
+        tokenizer, size = self.text_tokenizer(), sampler.layout.size
+        traces = tuple(Trace.of(drawn, size, tokenizer) for drawn in self._draw(sampler, row))
+        return Replay(f"{self.source}: {sampler.config.sampler}", traces)
 
     def stream(self, prompt: str | Sequence[int] = "", **settings: Any) -> Iterator[str]:
         """Pieces of one sample's text, prompt included, as its blocks finish: those of `sample(prompt, ...)[0]`.
@@ -134,6 +143,10 @@ class Pretrained:
         """
         sampler, row = self._sampler(prompt, "", settings | {"num_samples": 1})
         return pieces(sampler, self.params, row, self.text_tokenizer())
+
+    def _draw(self, sampler: Sampler, row: Int[np.ndarray, "S"]) -> Iterator[Drawn]:
+        c = sampler.config
+        return draw(sampler, self.params, row, c.num_samples, batch_size(c, self.model))
 
     def _sampler(
         self, prompt: str | Sequence[int], infill: str | Sequence[int | None], settings: dict[str, Any]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from bd3_jax import cli
 from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.convert import convert
+from bd3_jax.data.manifest import load_manifest
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
@@ -101,6 +102,7 @@ def run(tiny_config, tmp_path_factory) -> Path:
     params = LanguageModel.from_config(config, tokenizer.ids).network.init(jax.random.key(0))
     run_folder.write_config(config, workdir)
     tokenizer.save(workdir / "tokenizer")
+    load_manifest(epath.Path(config.data.directory)).save(workdir)
     state = {"ema": params, "params": jax.tree.map(lambda p: 2 * p, params)}
     checkpoints = orbax.Checkpoints(workdir, keep=1)
     checkpoints.save(1234, state | {"low": np.float32(0.001), "high": np.float32(1)}, {"rows": 0})
@@ -109,6 +111,8 @@ def run(tiny_config, tmp_path_factory) -> Path:
     record = {f"eval/{name}": value for name, value in (record | {"split": "validation"}).items()}
     lines = [
         {"step": 1000, **record, "eval/perplexity": 99.0},
+        {"step": 1234, **record, "eval/estimator": "low_variance", "eval/perplexity": 98.0},
+        {"step": 1234, **record, "eval/estimator": "low_variance", "eval/perplexity": 30.25},
         {"step": 1234, **record},
         {"step": 1234, "train/loss": 1},
     ]
@@ -164,8 +168,10 @@ def test_the_model_card(run, tmp_path):
     for fact in (
         "| objective | bd3lm: block diffusion", "| block size B | 8 |", "| context L | 16 tokens |",
         "| tokenizer | bytes (fingerprint ", "| EOS | after every document; none around rows |",
-        "| training corpus | files |", "| training steps | 1,234 of 8 sequences |",
-        "perplexity 21.500 +- 0.250 (exact) on 999 tokens of the validation split",
+        "| training corpus | files; licence of the text: that of the files |",
+        "| training steps | 1,234 of 8 sequences |",
+        "| evaluation | perplexity 30.250 +- 0.250 (low_variance) on 999 tokens of the validation split, after 1,234 "
+        "steps; perplexity 21.500 +- 0.250 (exact) on 999 tokens of the validation split",
         'load_pretrained("my-model")', "--config.init_from=my-model",
     ):  # fmt: skip
         assert fact in card, fact

@@ -1,7 +1,9 @@
 """`bd3_jax.load_pretrained`: one object for workdirs and published checkpoints, ready to use."""
 
 import dataclasses
+import html
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +212,20 @@ def test_texts(run):
         loaded.perplexity("re")
     rows = np.array([[*b"red cat blue dog"]])
     assert loaded.perplexity(rows).nll == loaded.perplexity("red cat blue dog").nll
+
+
+def test_a_replay_ends_with_the_samples(run):
+    """As a page, and in a notebook: within a frame, whose text is the page's."""
+    loaded = load_pretrained(str(run))
+    replay = loaded.replay("red", num_samples=2, seed=3)
+    texts = [sample.text for sample in loaded.sample("red", num_samples=2, seed=3)]
+    assert ["".join(piece.text for piece in trace.pieces) for trace in replay.traces] == texts
+    assert [piece.call for piece in replay.traces[0].pieces[:3]] == [0, 0, 0]
+    page = re.fullmatch(r'<iframe srcdoc="([^"]*)" style="[^"]*"></iframe>', replay._repr_html_())[1]
+    assert html.unescape(page) == replay.html
+    assert replay.html.startswith("<!doctype html>")
+    gaps = loaded.replay(infill="red [MASK*2]!", num_samples=1).traces[0].pieces
+    assert [piece.text for piece in gaps if not piece.call] == [*"red!"]
 
 
 def test_a_workdir_under_another_objective(run):

@@ -46,6 +46,23 @@ class Trace:
         return cls(drawn.index, drawn.nfe, tuple(pieces))
 
 
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Traces that a notebook shows inline as the page that replays them."""
+
+    title: str
+    traces: tuple[Trace, ...]
+
+    @property
+    def html(self) -> str:
+        """The page, to be written into a file."""
+        return page(self.title, self.traces)
+
+    def _repr_html_(self) -> str:
+        # In a frame of its own neither the page's style nor its script meets those of the notebook.
+        return f'<iframe srcdoc="{html.escape(self.html)}" style="width: 100%; height: 27rem; border: 0"></iframe>'
+
+
 def page(title: str, traces: Sequence[Trace]) -> str:
     """The HTML page."""
     samples = [
