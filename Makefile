@@ -52,7 +52,7 @@ test-docs: .venv-docs/installed ## builds the documentation, warnings as errors,
 	.venv-docs/bin/python -m pytest -m slow tests/docs
 
 test-notebooks: .venv-notebooks/installed ## the notebooks of docs/notebooks/, executed with small settings
-	.venv-notebooks/bin/python -m pytest tests/test_notebooks.py $(ARGS)
+	.venv-notebooks/bin/python -m pytest tests/experiments/test_notebooks.py $(ARGS)
 
 test-all: test-slow test-tpu test-docs test-notebooks .venv-torch/installed ## all of these, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py

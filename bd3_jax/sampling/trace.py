@@ -51,7 +51,7 @@ class Replay:
     """Traces that a notebook shows inline as the page that replays them."""
 
     title: str
-    traces: tuple[Trace, ...]
+    traces: tuple[Trace, ...] = dataclasses.field(repr=False)
 
     @property
     def html(self) -> str:
