@@ -75,7 +75,8 @@ def test_sample(execute):
     estimates = notebook.figures("for estimator in")
     (drawn, error), (steady, smaller) = estimates["monte_carlo"], estimates["low_variance"]
     assert abs(drawn - steady) < 5 * (error**2 + smaller**2) ** 0.5
-    assert estimates["left_to_right"][0] == likelihoods["README"][0] == pytest.approx(steady, rel=0.2)
+    assert estimates["left_to_right"][0] == pytest.approx(likelihoods["README"][0], abs=0.006)  # two digits there
+    assert estimates["left_to_right"][0] == pytest.approx(steady, rel=0.2)
     calls = notebook.figures("tokens_per_step")
     assert (calls["first_hitting"][0], calls["confidence"][0]) == (23, 6)
     assert calls["threshold"][0] <= 23
