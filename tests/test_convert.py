@@ -138,6 +138,8 @@ def test_names_and_shapes_are_the_authors(run, tmp_path):
     expected = reference.shapes(reference.config_json("bd3lm", 8, 258, 16, 32, 2, 2, 8))
     expected["backbone.rotary_emb.inv_freq"] = (8,)
     assert {name: value.shape for name, value in tensors.items()} == expected
+    readable = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(readable) == 1
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
     assert config.keys() == json.loads((GOLDEN / "mdlm" / "config.json").read_text()).keys()
     # The frequencies are not read by us, but by them.

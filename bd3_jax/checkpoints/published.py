@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -294,6 +295,7 @@ def write_published(folder: epath.Path, architecture: Architecture, params: Any)
         }
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config_json(architecture), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read its files
 
 
 def config_json(architecture: Architecture) -> dict[str, Any]:
