@@ -100,9 +100,9 @@ def _without_fields(lines: list[str], name: str, obj: Any) -> list[str]:
             FIELDS[field] = [_escaped(text.strip())]
         elif field:
             FIELDS[field].append(_escaped(line.strip()))
-        elif line != "Attributes:":
+        else:
             kept.append(line)
-    return kept
+    return [line for line in kept if not (field and line == "Attributes:")]
 
 
 def _paragraph(lines: list[str]) -> Iterator[str]:
