@@ -10,11 +10,11 @@ PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 # Tests run on the CPU, whatever the machine has, and speak to nobody.
-test test-slow test-tpu test-all: export JAX_PLATFORMS := cpu
-test test-slow test-tpu test-all: export HF_HUB_OFFLINE := 1
+test test-slow test-tpu test-harness test-all: export JAX_PLATFORMS := cpu
+test test-slow test-tpu test-harness test-all: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart check test test-slow test-tpu test-all format lock clean
+.PHONY: help .venv quickstart check test test-slow test-tpu test-harness test-all format lock clean
 
 help: ## list the targets
 	@grep -E '^[.a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([.a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,7 +48,10 @@ test-slow: test .venv-beam/installed ## test, then the slow tests
 test-tpu: .venv-tpu/installed ## what needs the compiler for TPUs: every kernel, a recipe of every objective
 	.venv-tpu/bin/python -m pytest -m slow tests/compiling
 
-test-all: test-slow test-tpu .venv-torch/installed ## test-slow and test-tpu, then what needs PyTorch
+test-harness: .venv-harness/installed ## what needs lm_eval: its harness on our models
+	.venv-harness/bin/python -m pytest tests/test_harness.py tests/experiments/test_harness_tasks.py
+
+test-all: test-slow test-tpu test-harness .venv-torch/installed ## all of these, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
@@ -59,11 +62,17 @@ test-all: test-slow test-tpu .venv-torch/installed ## test-slow and test-tpu, th
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
 	@touch $@
 
-# What `make test` does without: the compiler for TPUs, and the yardstick's PyTorch.
+# What `make test` does without: the compiler for TPUs, lm_eval, and the yardstick's PyTorch.
 .venv-tpu/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python $(PIP) --requirement requirements.lock 'libtpu==0.0.42.*'
 	@.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-harness/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-harness
+	@.venv-harness/bin/python $(PIP) --requirement requirements.lock lm_eval==0.4.13
+	@.venv-harness/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv-torch/installed: requirements.lock setup.py
@@ -85,5 +94,5 @@ lock: ## write requirements.lock anew from setup.py's ranges
 	@mv build/requirements.lock requirements.lock
 
 clean: ## remove the environment, caches and build products (data/ and runs/ stay)
-	@rm -rf .venv .venv-beam .venv-tpu .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv .venv-beam .venv-harness .venv-tpu .venv-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find bd3_jax configs tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
