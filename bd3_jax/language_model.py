@@ -157,12 +157,15 @@ class LanguageModel:
     ) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
         """-log p of the tokens at free positions given the others, nats, or its bound; and whether they are greedy.
 
-        For BD3-LM, MDLM and SEDD the given tokens stand unmasked in every call of the network, and only free ones are
-        masked and weighed: the NELBO is that of a diffusion of these tokens alone (Block Diffusion, eq. 8, with the m
-        free positions of a block in place of its B; MDLM, eq. 10; SEDD, eq. 9), so a bound for the sampler that is
-        given the others. It averages over all orders of the free tokens, so it holds for `first_hitting`, too. Where
-        the mask's id stands in x0 it stays: a token that is not known. AR and BD3-LM do not look ahead of a token
-        (of its block), so what stands there is of no consequence.
+        The given tokens stand unmasked in every call of the network, and free ones alone are masked and weighed. So the
+        NELBO is that of a diffusion of the free tokens: Block Diffusion, eq. 8, with the m free positions of a block in
+        place of its B (MDLM, eq. 10; SEDD, eq. 9, over them alone). It bounds the likelihood of a sampler that is given
+        the others and draws the free ones in any order, as `first_hitting` does with a prompt; the network's joint
+        distribution has other conditionals, which nobody can compute. SEDD is fed the time of the free tokens, at which
+        in training as much of the context was masked: a bound still, but a loose one.
+
+        Where the mask's id stands in x0 it stays: a token that is not known. AR does not look ahead of a token, BD3-LM
+        not ahead of its block: what stands there is of no consequence.
 
         A text is greedy if always taking the likeliest token gives it: for AR from left to right, for masked models
         in the order that `estimator` names, else by confidence. SEDD, and whatever else is conditioned on time, has no

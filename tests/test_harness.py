@@ -121,9 +121,9 @@ def test_many_draws_approach_the_bound(make):
     """Both estimators of the NELBO have one mean, and it is below the likelihoods' of the two orders, or near."""
     pairs = requests("loglikelihood", ("a d", "og sat"))
     found = {}
-    for estimator, draws in (("low_variance", 2000), ("monte_carlo", 20_000), ("left_to_right", 1)):
+    for estimator, draws in (("low_variance", 200), ("monte_carlo", 1000), ("left_to_right", 1)):
         ((found[estimator], _),) = make("bd3lm_block4", estimator=estimator, draws=draws).loglikelihood(pairs)
-    assert found["low_variance"] == pytest.approx(found["monte_carlo"], rel=0.02)
+    assert found["low_variance"] == pytest.approx(found["monte_carlo"], rel=0.05)
     assert found["low_variance"] < found["left_to_right"] + 1
 
 

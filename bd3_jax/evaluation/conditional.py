@@ -23,7 +23,7 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 
 SHORTEST = 32
-"""Tokens; shorter rows are padded to so many at least."""
+"""Tokens: a length of so many or fewer is not halved once more."""
 
 
 class Row(NamedTuple):
@@ -91,7 +91,7 @@ def score(
 
 
 def padded_length(lm: LanguageModel, length: int) -> int:
-    """L, or the shortest of L/2, L/4, ... down to `SHORTEST`, in whole blocks, that holds a row of `length`."""
+    """The shortest of L, L/2, L/4, ..., rounded up to whole blocks, that holds a row of `length`; see `SHORTEST`."""
     padded = lm.length
     while lm.block_size < lm.length and padded > SHORTEST:
         shorter = -(-(padded // 2) // lm.block_size) * lm.block_size
