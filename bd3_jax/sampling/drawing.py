@@ -88,9 +88,8 @@ class Slots:
         self._weights = sampler.freeze(params)
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
-        # Kept, where all samples are of one row.
-        self._start = functools.lru_cache(maxsize=1)(self._start)  # type: ignore[method-assign]
-        fresh = self._start(0)
+        fresh = sampler.start(self._weights, self._rows[0], self._given(self._rows[0]))
+        self._opening = (0, fresh)
         self.drawing: list[Drawn | None] = [None] * batch
         shardings = _memory_sharding(fresh, batch, sharding)
         self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
@@ -188,8 +187,11 @@ class Slots:
         return min(whole, self._layout.num_blocks - 1)
 
     def _start(self, number: int) -> Memory:
-        """What is kept of the given blocks of a row."""
-        return self._sampler.start(self._weights, self._rows[number], self._given(self._rows[number]))
+        """What is kept of the given blocks of a row; the newest is kept, since samples of one row are begun alike."""
+        if self._opening[0] != number:
+            row = self._rows[number]
+            self._opening = (number, self._sampler.start(self._weights, row, self._given(row)))
+        return self._opening[1]
 
     def _discards(self) -> bool:
         """SEDD cannot stop early, so whatever would have stopped is discarded."""
