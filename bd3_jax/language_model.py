@@ -195,7 +195,9 @@ class LanguageModel:
             return texts.losses.sum(1), (texts.shortfalls == 0).all(1)
         draw = likelihood.draw_low_variance if estimator == "low_variance" else likelihood.draw_monte_carlo
         noised = likelihood.draw_copies(draw, keys, x0, self.block_size, self.noise, self.ids.mask, free, draws)
-        losses = self.token_losses(params, x0, noised)[1].sum(1).reshape(-1, draws).mean(1)
+        # Rows of their own: copies that share a clean half are compiled one by one, and there are many.
+        copies = jnp.repeat(x0, draws, axis=0)
+        losses = self.token_losses(params, copies, noised)[1].sum(1).reshape(-1, draws).mean(1)
         if self.network.time_conditioned:
             return losses, jnp.zeros(len(x0), bool)
         return losses, orders.is_greedy(self._unmasking(order, params, x0), free)

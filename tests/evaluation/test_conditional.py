@@ -25,12 +25,16 @@ def evaluation(estimator, batch_size=27, seed=0):
 
 @pytest.fixture
 def toy(toy_lm, random_params):
-    """A model of 3 tokens, and its parameters, so that it is nowhere sure."""
+    """A model of 3 tokens, and parameters with which it depends on all that it sees and is nowhere sure."""
 
     def build(objective, block_size=0, **settings):
         lm = toy_lm(objective, block_size, vocab_size=TOKENS + 1, **{"length": LENGTH, **settings})
         params = random_params(lm, scale=0.6)
-        return lm, {**params, "output": jax.tree.map(lambda leaf: 0.02 * leaf, params["output"])}
+        # Nothing that is the same in every context.
+        params["output"] = {"kernel": 0.5 * params["output"]["kernel"], "bias": 0 * params["output"]["bias"]}
+        if "final_modulation" in params:
+            params["final_modulation"] = jax.tree.map(np.zeros_like, params["final_modulation"])
+        return lm, params
 
     return build
 
