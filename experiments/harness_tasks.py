@@ -7,11 +7,11 @@ Writes the tasks to --tasks, as YAML and JSONL files that the harness reads, fro
 
 | task | question | chance |
 | --- | --- | --- |
-| bd3_continuation | which of four passages follows a document's first 32 words; three are of other documents | 1/4 |
+| bd3_continuation | which of four orders of eight words follows a document's first 32 words | 1/4 |
 | bd3_cloze | the last of 32 words, if greedy decoding finds it (`acc`); its perplexity | the commonest |
 | bd3_documents | the likelihood of whole documents, in rolling windows | |
 
-and runs them with every estimator of the likelihood. The same by hand:
+and runs them with every estimator of the likelihood: seven minutes on two cores. The same by hand:
 
     bd3 lm_eval --model bd3 --model_args pretrained=runs/quickstart,estimator=low_variance \
         --include_path data/harness --tasks bd3_continuation,bd3_cloze --batch_size 16
@@ -22,6 +22,7 @@ import collections
 import json
 import math
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ metric_list:
     "bd3_cloze": """\
 output_type: loglikelihood
 doc_to_text: "{{context}}"
-doc_to_target: "{{word}}"
-target_delimiter: " "
+doc_to_target: "{{' ' + word}}"
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
@@ -84,12 +84,13 @@ def documents(data: DataConfig, length: int) -> list[str]:
 def questions(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The records of every task."""
     long = [words for words in (text.split() for text in texts) if len(words) >= PASSAGE + CONTINUATION]
-    passages = [" ".join(words[PASSAGE : PASSAGE + CONTINUATION]) for words in long]
     continuation, cloze = [], []
     for index, words in enumerate(long):
         context, answer = " ".join(words[:PASSAGE]), index % 4
-        others = [passages[(index + step) % len(long)] for step in (1, 2, 3)]
-        choices = [*others[:answer], passages[index], *others[answer:]]
+        right = words[PASSAGE : PASSAGE + CONTINUATION]
+        shuffle = random.Random(index)
+        choices = [" ".join(shuffle.sample(right, CONTINUATION)) for _ in range(4)]
+        choices[answer] = " ".join(right)
         continuation.append({"context": context, "choices": choices, "answer": answer})
         if words[PASSAGE - 1].isalpha():
             cloze.append({"context": " ".join(words[: PASSAGE - 1]), "word": words[PASSAGE - 1]})
@@ -168,7 +169,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=epath.Path, default=epath.Path("runs/quickstart"))
     parser.add_argument("--tasks", type=Path, default=Path("data/harness"), help="where the tasks are written")
-    parser.add_argument("--limit", type=int, default=400, help="of each task, its first so many")
+    parser.add_argument("--limit", type=int, default=100, help="of each task, its first so many")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS / "harness")
     own = parser.parse_args(argv)
