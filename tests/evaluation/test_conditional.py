@@ -29,9 +29,9 @@ def toy(toy_lm, random_params):
 
     def build(objective, block_size=0, **settings):
         lm = toy_lm(objective, block_size, vocab_size=TOKENS + 1, **{"length": LENGTH, **settings})
-        params = random_params(lm, scale=0.6)
+        params = random_params(lm, scale=1.5)
         # Nothing that is the same in every context.
-        params["output"] = {"kernel": 0.5 * params["output"]["kernel"], "bias": 0 * params["output"]["bias"]}
+        params["output"] = {"kernel": 0.15 * params["output"]["kernel"], "bias": 0 * params["output"]["bias"]}
         if "final_modulation" in params:
             params["final_modulation"] = jax.tree.map(np.zeros_like, params["final_modulation"])
         return lm, params
@@ -93,7 +93,7 @@ def test_all_continuations(toy, objective, block_size, given, count):
     bounds, exact = zip(*(by_all_orders(lm, probs, given, text) for text in texts), strict=True)
     assert np.exp(exact).sum() == pytest.approx(1, abs=1e-9)
     assert (np.array(bounds) < np.array(exact) + 1e-9).all()
-    assert max(np.array(exact) - np.array(bounds)) > 1e-3
+    assert max(np.array(exact) - np.array(bounds)) > 1e-4
 
     # 256 seeds of 12 draws: their mean is within its own error, which is small enough to tell.
     rows = [Row(given, text, noise) for noise in range(256) for text in texts]
