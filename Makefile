@@ -10,7 +10,7 @@ PIP := -m pip --disable-pip-version-check -qq install
 ARGS ?=
 
 # Tests run on the CPU, whatever the machine has, and speak to nobody.
-TESTS := test test-slow test-tpu test-docs test-notebooks test-all
+TESTS := test test-slow test-tpu test-docs test-notebooks test-harness test-all
 $(TESTS) docs: export JAX_PLATFORMS := cpu
 $(TESTS) docs: export HF_HUB_OFFLINE := 1
 
@@ -55,7 +55,10 @@ test-docs: .venv-docs/installed ## builds the documentation, warnings as errors,
 test-notebooks: .venv-notebooks/installed ## the notebooks of docs/notebooks/, executed with small settings
 	.venv-notebooks/bin/python -m pytest tests/experiments/test_notebooks.py $(ARGS)
 
-test-all: test-slow test-tpu test-docs test-notebooks .venv-torch/installed ## all of these, then what needs PyTorch
+test-harness: .venv-harness/installed ## what needs lm_eval: its harness on our models
+	.venv-harness/bin/python -m pytest tests/test_harness.py tests/experiments/test_harness_tasks.py
+
+test-all: test-slow test-tpu test-docs test-notebooks test-harness .venv-torch/installed ## all of these, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
 
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
@@ -66,7 +69,7 @@ test-all: test-slow test-tpu test-docs test-notebooks .venv-torch/installed ## a
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
 	@touch $@
 
-# What `make test` does without: the compiler for TPUs, a kernel for notebooks, and the yardstick's PyTorch.
+# What `make test` does without: the compiler for TPUs, a kernel for notebooks, lm_eval, and the yardstick's PyTorch.
 .venv-tpu/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python $(PIP) --requirement requirements.lock 'libtpu==0.0.42.*'
@@ -77,6 +80,12 @@ test-all: test-slow test-tpu test-docs test-notebooks .venv-torch/installed ## a
 	@$(PYTHON) -m venv .venv-notebooks
 	@.venv-notebooks/bin/python $(PIP) --requirement requirements.lock nbclient==0.11.0 ipykernel==7.4.0
 	@.venv-notebooks/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-harness/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-harness
+	@.venv-harness/bin/python $(PIP) --requirement requirements.lock lm_eval==0.4.13
+	@.venv-harness/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv-torch/installed: requirements.lock setup.py

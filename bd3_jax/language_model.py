@@ -1,13 +1,14 @@
 """An objective bound to a network: what a checkpoint is a model of. Training, evaluation and sampling start from it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import Config, NoiseConfig
-from bd3_jax.diffusion import likelihood, orders
+from bd3_jax.diffusion import likelihood, objectives, orders, output_loss
 from bd3_jax.diffusion.output_loss import Chunks, Output
 from bd3_jax.models.transformer import Network, Params
 from bd3_jax.special_ids import SpecialIds
@@ -137,21 +138,74 @@ class LanguageModel:
         elif self.is_exact:
             draw = likelihood.draw_all_masked(*args)
         elif estimator in orders.ORDERS:
-            return orders.token_losses(
-                estimator,
-                lambda draw: self.hidden(params, x0, draw),
-                Output(*self.network.output(params)),
-                x0,
-                self.block_size,
-                self.ids.mask,
-                self.noise.ignore_bos,
-                self._chunks,
-            )
+            free = jnp.broadcast_to(self.counted(x0.shape[1]), x0.shape)
+            return orders.token_losses(self._unmasking(estimator, params, x0), free, self.block_size).losses
         elif estimator == "low_variance":
             draw = likelihood.draw_low_variance(key, *args)
         else:
             draw = likelihood.draw_monte_carlo(key, *args)
         return self.token_losses(params, x0, draw)[1]
+
+    def conditional(
+        self,
+        params: Params,
+        x0: Int[Array, "b L"],
+        free: Bool[Array, "b L"],
+        keys: PRNGKeyArray,
+        estimator: str,
+        draws: int,
+    ) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
+        """-log p of the tokens at free positions given the others, nats, or its bound; and whether they are greedy.
+
+        The given tokens stand unmasked in every call of the network, and free ones alone are masked and weighed. So the
+        NELBO is that of a diffusion of the free tokens: Block Diffusion, eq. 8, with the m free positions of a block in
+        place of its B (MDLM, eq. 10; SEDD, eq. 9, over them alone). It bounds the likelihood of a sampler that is given
+        the others and draws the free ones in any order, as `first_hitting` does with a prompt; the network's joint
+        distribution has other conditionals, which nobody can compute. SEDD is fed the time of the free tokens, at which
+        in training as much of the context was masked: a bound still, but a loose one.
+
+        Where the mask's id stands in x0 it stays: a token that is not known. AR does not look ahead of a token, BD3-LM
+        not ahead of its block: what stands there is of no consequence.
+
+        A text is greedy if always taking the likeliest token gives it: for AR from left to right, for masked models
+        in the order that `estimator` names, else by confidence. SEDD, and whatever else is conditioned on time, has no
+        greedy sampler, and no text is.
+
+        Args:
+          params: of the network.
+          x0: tokens. Position 0 is given.
+          free: at most L - 1 positions of every row.
+          keys: one for each row, `[b]`; not used by what is exact.
+          estimator: see `eval_losses`.
+          draws: how many draws of the noise are averaged for a NELBO.
+        """
+        if self.objective == "ar":
+            output = Output(*self.network.output(params))
+            before = jnp.roll(self.hidden(params, x0, None), 1, axis=1)
+            losses, shortfalls = (
+                output_loss.summed(
+                    functools.partial(loss, mask_id=self.ids.mask), self._chunks, before, output, (x0,), free
+                )[1]
+                for loss in (objectives.ar_loss, objectives.shortfall)
+            )
+            return losses.sum(1), (shortfalls == 0).all(1)
+        order = estimator if estimator in orders.ORDERS else "most_confident"
+        if estimator in orders.ORDERS or self.is_exact:
+            texts = orders.token_losses(self._unmasking(order, params, x0), free, self.block_size)
+            return texts.losses.sum(1), (texts.shortfalls == 0).all(1)
+        draw = likelihood.draw_low_variance if estimator == "low_variance" else likelihood.draw_monte_carlo
+        noised = likelihood.draw_copies(draw, keys, x0, self.block_size, self.noise, self.ids.mask, free, draws)
+        # Rows of their own: copies that share a clean half are compiled one by one, and there are many.
+        copies = jnp.repeat(x0, draws, axis=0)
+        losses = self.token_losses(params, copies, noised)[1].sum(1).reshape(-1, draws).mean(1)
+        if self.network.time_conditioned:
+            return losses, jnp.zeros(len(x0), bool)
+        return losses, orders.is_greedy(self._unmasking(order, params, x0), free)
+
+    def _unmasking(self, order: str, params: Params, x0: Int[Array, "b L"]) -> orders.Step:
+        hidden_of = lambda draw: self.hidden(params, x0, draw)
+        output = Output(*self.network.output(params))
+        return orders.unmasking(order, hidden_of, output, x0, self.block_size, self.ids.mask, self._chunks)
 
     def counted(self, length: int) -> Bool[Array, "L"]:
         """Positions that an evaluation counts: all but 0 for AR and with `ignore_bos`."""

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints.published import TOKENIZERS, Architecture
 from bd3_jax.checkpoints.source import Source, Weights, open_source
-from bd3_jax.config import SAMPLERS, Config, ModelConfig, from_config_dict
+from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig, from_config_dict
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, sequence_losses
@@ -151,11 +151,7 @@ class Pretrained:
     def _sampler(
         self, prompt: str | Sequence[int], infill: str | Sequence[int | None], settings: dict[str, Any]
     ) -> tuple[Sampler, Int[np.ndarray, "S"]]:
-        c = self._with("sampling", settings).sampling
-        if self.objective != "sedd" and self.model.network.time_conditioned:
-            raise UserError(
-                f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
-            )
+        c = self.sampling(**settings)
         if len(infill) and self.objective == "ar":
             raise UserError("infill is for models that denoise; ar cannot see what follows a gap")
         c, given = resolve(c, lambda text: self.text_tokenizer().encode(text), prompt, infill)
@@ -173,20 +169,13 @@ class Pretrained:
         Raises:
           UserError: a setting that is unknown, tokens that do not fit the model, or texts without a tokenizer.
         """
-        c = self._with("eval", settings).eval
+        c = self.evaluation(**settings)
         texts = [texts] if isinstance(texts, str) else texts
         are_texts = len(texts) > 0 and isinstance(texts[0], str)
         rows = self._pack(texts) if are_texts else self._rows(texts, "rows")
         if (rows == self.mask_id).any():
             raise UserError(f"rows hold the mask's id {self.mask_id}, which is no token of a text")
         model = self._fitted(rows.shape[1])
-        if model.network.time_conditioned and self.objective != "ar":
-            if model.block_size < rows.shape[1]:
-                raise UserError(
-                    f"{self.source} is conditioned on time; {self.objective}'s blocks are for models that are not"
-                )
-            if c.estimator != "monte_carlo":
-                raise UserError(f"{self.source} is conditioned on time; allowed: estimator='monte_carlo'")
         losses = sequence_losses(model, self.params, _batches(rows, c.batch_size), c)
         return Result.of(
             model, losses, rows.shape[1], c.estimator,
@@ -201,6 +190,26 @@ class Pretrained:
                 "its tokenizer.json, the folder that holds it, or a name from bd3_jax/data/tokenizers.py"
             )
         return self.tokenizer
+
+    def sampling(self, **settings: Any) -> SamplingConfig:
+        """`config.sampling` with some fields replaced. Raises UserError where it, or the model, cannot serve."""
+        if self.objective != "sedd" and self.model.network.time_conditioned:
+            raise UserError(
+                f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
+            )
+        return self._with("sampling", settings).sampling
+
+    def evaluation(self, **settings: Any) -> EvalConfig:
+        """`config.eval` with some fields replaced. Raises UserError where it, or the model, cannot serve."""
+        c = self._with("eval", settings).eval
+        if self.model.network.time_conditioned and self.objective != "ar":
+            if self.block_size < self.model.length:
+                raise UserError(
+                    f"{self.source} is conditioned on time; {self.objective}'s blocks are for models that are not"
+                )
+            if c.estimator != "monte_carlo":
+                raise UserError(f"{self.source} is conditioned on time; allowed: estimator='monte_carlo'")
+        return c
 
     def _with(self, group: str, settings: dict[str, Any]) -> Config:
         """The config with some fields of a group replaced, checked like any other."""

@@ -294,6 +294,13 @@ def test_every_verb_explains_itself(verb, capsys):
     assert re.search(rf"^ *bd3 [a-z|]*\b{verb}\b", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_the_harness_is_an_extra(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "bd3_jax.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["lm_eval", "--model", "bd3"]) == 2
+    assert capsys.readouterr().err == "error: bd3 lm_eval needs lm_eval: pip install 'bd3_jax[eval]'\n"
+
+
 def test_the_installed_programs_report_mistakes_without_a_traceback():
     """The console script and the module, as processes of their own, away from the checkout."""
     script = os.path.join(os.path.dirname(sys.executable), "bd3")

@@ -59,11 +59,16 @@ def _xlogy(x: Array, y: Array) -> Array:
     return jnp.where(x == 0, 0.0, x * jnp.log(jnp.maximum(y, 0)))
 
 
-def draw_subset(key: PRNGKeyArray, size: Int[Array, "b N"], block_size: int) -> Bool[Array, "b L"]:
-    """A uniform subset of `size` (0..B) positions of every block."""
-    batch, num_blocks = size.shape
-    order = jax.random.uniform(key, (batch, num_blocks, block_size)).argsort(axis=-1)
-    return (order.argsort(axis=-1) < size[..., None]).reshape(batch, num_blocks * block_size)
+def draw_subset(
+    key: PRNGKeyArray, size: Int[Array, "b N"], block_size: int, free: Bool[Array, "b L"] | None = None
+) -> Bool[Array, "b L"]:
+    """A uniform subset of `size` positions of every block; of its `free` positions, where these are given."""
+    shape = (*size.shape, block_size)
+    rank = jax.random.uniform(key, shape)
+    if free is not None:
+        rank = jnp.where(free.reshape(shape), rank, 1.0)  # after all others
+    order = rank.argsort(axis=-1)
+    return (order.argsort(axis=-1) < size[..., None]).reshape(size.shape[0], -1)
 
 
 def corrupt(x0: Int[Array, "b L"], mask: Bool[Array, "b L"], mask_id: int, ignore_bos: bool) -> Int[Array, "b L"]:

@@ -43,6 +43,11 @@ def doubt(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n"]:
     return jax.nn.logsumexp(logits, axis=-1) - logits.max(-1)
 
 
+def shortfall(logits: Float[Array, "*n V"], targets: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n"]:
+    """log of the highest probability of a token over that of the target; 0 where the target is the likeliest."""
+    return _without_mask(logits, mask_id).max(-1) - _pick(logits, targets)
+
+
 def subs_log_probs(logits: Float[Array, "*n V"], xt: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n V"]:
     """log p(x0 | x_t) under SUBS (MDLM, section 3.2.3): zero masking probability, and unmasked tokens carried over."""
     log_probs = log_probs_without_mask(logits, mask_id)

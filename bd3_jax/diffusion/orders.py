@@ -5,6 +5,10 @@ in one way only, and its probability is the product of what the model says of ea
 The rule may look at what is there already and at the model, never at the text to come, so that all texts together have
 probability 1. It costs B passes of the network: one token of every block each.
 
+Where a part of a text is given, it stands there from the beginning, and the rule goes through the rest: what a sampler
+draws that is given this part. All fillings together then have probability 1 again. Left to right, where the given part
+comes first, this is the conditional probability of the whole text's; by confidence it is one of its own.
+
 | order | unmasked next in a block |
 | --- | --- |
 | `left_to_right` | its first masked position |
@@ -13,6 +17,7 @@ probability 1. It costs B passes of the network: one token of every block each.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,34 +30,67 @@ from bd3_jax.diffusion.output_loss import Chunks, Output
 ORDERS = ("left_to_right", "most_confident")
 
 
-def token_losses(
+class Unmasking(NamedTuple):
+    """Of texts on their way.
+
+    shown: what is unmasked by now, or is not to be.
+    losses: -log p of every token given what was unmasked before it, nats; 0 where none is asked for.
+    shortfalls: by how much it was less likely than the likeliest token there, nats; 0: it was the likeliest.
+    """
+
+    shown: Bool[Array, "b L"]
+    losses: Float[Array, "b L"]
+    shortfalls: Float[Array, "b L"]
+
+
+Step = Callable[[Unmasking], Unmasking]
+
+
+def token_losses(step: Step, free: Bool[Array, "b L"], block_size: int) -> Unmasking:
+    """All free positions unmasked: -log p of these tokens given the others, which stand there from the beginning."""
+    count = free.reshape(-1, block_size).sum(-1).max()
+    return jax.lax.fori_loop(0, count, lambda _, state: step(state), _begin(free))
+
+
+def is_greedy(step: Step, free: Bool[Array, "b L"]) -> Bool[Array, "b"]:
+    """Whether a text is what comes of always taking the likeliest token; it ends as soon as that is known of all."""
+    so_far = lambda state: (state.shortfalls == 0).all(1)
+    unknown = lambda state: (~state.shown & so_far(state)[:, None]).any()
+    return so_far(jax.lax.while_loop(unknown, step, _begin(free)))
+
+
+def _begin(free: Bool[Array, "b L"]) -> Unmasking:
+    return Unmasking(~free, jnp.zeros(free.shape), jnp.zeros(free.shape))
+
+
+def unmasking(
     order: str,
     hidden_of: Callable[[Draw], Float[Array, "b L d"]],
     output: Output,
     x0: Int[Array, "b L"],
     block_size: int,
     mask_id: int,
-    ignore_bos: bool,
     chunks: Chunks,
-) -> Float[Array, "b L"]:
-    """-log p of every token given what is unmasked before it, nats; earlier blocks are clean.
+) -> Step:
+    """The step that unmasks the next token of every block; earlier blocks are clean.
 
     Args:
       order: see above.
       hidden_of: the network's pass over a noised batch; it may not be conditioned on time.
       output: the output layer.
-      x0: the texts.
+      x0: the texts; where the mask itself stands, it stays.
       block_size: B.
       mask_id: of the mask.
-      ignore_bos: position 0 is given, and has loss 0.
       chunks: of positions whose logits are there at once.
     """
     ones, sigma = jnp.ones(x0.shape), jnp.zeros((x0.shape[0], x0.shape[1] // block_size))
-    negative_log = functools.partial(objectives.ar_loss, mask_id=mask_id)
-    doubt = functools.partial(objectives.doubt, mask_id=mask_id)
+    negative_log, shortfall, doubt = (
+        functools.partial(loss, mask_id=mask_id)
+        for loss in (objectives.ar_loss, objectives.shortfall, objectives.doubt)
+    )
 
-    def unmask(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        shown, losses = carry
+    def step(state: Unmasking) -> Unmasking:
+        shown, losses, shortfalls = state
         hidden = hidden_of(Draw(jnp.where(shown, x0, mask_id), ones, sigma))
         if order == "left_to_right":
             rank = jnp.broadcast_to(jnp.arange(x0.shape[1]), x0.shape).astype(jnp.float32)
@@ -60,10 +98,10 @@ def token_losses(
             _, rank = output_loss.summed(doubt, chunks, hidden, output, (), ~shown)
         chosen = _first_of_blocks(jnp.where(shown, jnp.inf, rank), block_size) & ~shown
         _, new = output_loss.summed(negative_log, chunks, hidden, output, (x0,), chosen)
-        return shown | chosen, losses + new
+        _, short = output_loss.summed(shortfall, chunks, hidden, output, (x0,), chosen)
+        return Unmasking(shown | chosen, losses + new, shortfalls + short)
 
-    given = jnp.zeros(x0.shape, bool).at[:, 0].set(ignore_bos)
-    return jax.lax.fori_loop(0, block_size, unmask, (given, jnp.zeros(x0.shape)))[1]
+    return step
 
 
 def _first_of_blocks(rank: Float[Array, "b L"], block_size: int) -> Bool[Array, "b L"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,44 +58,42 @@ class Drawn:
 
 
 class Slots:
-    """A batch of samples in progress, all of one row: BOS and prompt, gaps, the mask's id where tokens are drawn.
+    """A batch of samples in progress. A row holds BOS and prompt, gaps, the mask's id where tokens are drawn.
 
     Args:
       sampler: what draws.
       params: of its model.
-      row: from `Sampler.canvas`.
+      rows: one row, or several, from `Sampler.canvas`: sample i is of row i, modulo their number.
       batch: how many sequences are drawn at a time.
       sharding: of a batch of rows, where `params` are spread over a mesh; every process of it then does the same steps
         and has all samples.
       blocks_per_call: None: as the sampler suggests. It decides when tokens arrive, not which.
       redraws: whether a sample that should not have stopped is drawn anew; else it ends there.
+      ends: looked at after each call: whether a sample is to end with the blocks that it has.
     """
 
     def __init__(
         self,
         sampler: Sampler,
         params: Params,
-        row: Int[np.ndarray, "S"],
+        rows: Int[np.ndarray, "*n S"],
         batch: int,
         sharding: NamedSharding | None = None,
         blocks_per_call: int | None = None,
         redraws: bool = True,
+        ends: Callable[[Drawn], bool] = lambda drawn: False,
     ):
-        self._redraws = redraws
-        self._sampler, self._row, self._sharding = sampler, row, sharding
+        self._redraws, self._ends = redraws, ends
+        self._sampler, self._rows, self._sharding = sampler, rows.reshape(-1, rows.shape[-1]), sharding
         self._weights = sampler.freeze(params)
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
-        # Leading blocks in which everything is given are read at once; the last block is gone through in any case.
-        masked = row == sampler.model.ids.mask
-        given = int(masked.argmax()) if masked.any() else len(row)
-        whole = 0 if given < self._layout.size else 1 + (given - self._layout.size) // self._layout.stride
-        self._begin = min(whole, self._layout.num_blocks - 1)
-        self._fresh = sampler.start(self._weights, row, self._begin)
+        fresh = sampler.start(self._weights, self._rows[0], self._given(self._rows[0]))
+        self._opening = (0, fresh)
         self.drawing: list[Drawn | None] = [None] * batch
-        shardings = _memory_sharding(self._fresh, batch, sharding)
+        shardings = _memory_sharding(fresh, batch, sharding)
         self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
-        self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(self._fresh, batch)
+        self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(fresh, batch)
         leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, self._weights))
         self._advance = _compile(sampler.program, batch, self._blocks, sharding, structure, tuple(leaves))
 
@@ -106,18 +105,21 @@ class Slots:
         """Puts samples that have nothing drawn yet into slots."""
         if not samples:
             return
-        rows = np.zeros(len(self.drawing), bool)
         for slot, drawn in samples.items():
-            self.drawing[slot], rows[slot] = drawn, True
-        self._memory = self._place(self._memory, self._put(rows), self._fresh)
+            self.drawing[slot] = drawn
+        for number, group in itertools.groupby(sorted(samples, key=self._number), self._number):
+            here = np.zeros(len(self.drawing), bool)
+            here[list(group)] = True
+            self._memory = self._place(self._memory, self._put(here), self._start(number))
 
     def new(self, index: int, rejected: int = 0, seconds: float = 0.0) -> Drawn:
         """Sample `index` before anything of it is drawn."""
-        nothing = np.zeros(len(self._row), np.int32)
+        row = self._rows[index % len(self._rows)].copy()
+        begin, nothing = self._given(row), np.zeros(len(row), np.int32)
         return Drawn(
-            index, self._row.copy(), self._begin, self._end(self._begin), rejected, seconds,
+            index, row, begin, self._end(begin), rejected, seconds,
             drawn_at=nothing, confidence=nothing.astype(np.float32),
-            cache_calls=int(self._begin > 1 and self._fresh.cache is not None),
+            cache_calls=int(begin > 1 and self._memory.cache is not None),
         )  # fmt: skip
 
     def step(self) -> list[Drawn]:
@@ -145,7 +147,7 @@ class Slots:
                         "without: lower config.sampling.min_entropy, or train the model longer"
                     )
                 again[slot] = self.new(drawn.index, drawn.rejected + 1, drawn.seconds)
-            elif stop or drawn.blocks == self._layout.num_blocks:
+            elif stop or drawn.blocks == self._layout.num_blocks or self._ends(drawn):
                 if stop:
                     drawn.length, drawn.stopped = stop.length, stop.reason
                 finished.append(drawn)
@@ -170,6 +172,26 @@ class Slots:
             if stop := self._stop_rule(drawn.tokens):
                 return stop
         return None
+
+    def _number(self, slot: int) -> int:
+        """Of the row of the sample in a slot."""
+        drawn = self.drawing[slot]
+        assert drawn is not None
+        return drawn.index % len(self._rows)
+
+    def _given(self, row: Int[np.ndarray, "S"]) -> int:
+        """How many leading blocks are given whole, and read at once; the last block is gone through in any case."""
+        masked = row == self._sampler.model.ids.mask
+        given = int(masked.argmax()) if masked.any() else len(row)
+        whole = 0 if given < self._layout.size else 1 + (given - self._layout.size) // self._layout.stride
+        return min(whole, self._layout.num_blocks - 1)
+
+    def _start(self, number: int) -> Memory:
+        """What is kept of the given blocks of a row; the newest is kept, since samples of one row are begun alike."""
+        if self._opening[0] != number:
+            row = self._rows[number]
+            self._opening = (number, self._sampler.start(self._weights, row, self._given(row)))
+        return self._opening[1]
 
     def _discards(self) -> bool:
         """SEDD cannot stop early, so whatever would have stopped is discarded."""
@@ -210,19 +232,20 @@ class Slots:
 def draw(
     sampler: Sampler,
     params: Params,
-    row: Int[np.ndarray, "S"],
+    rows: Int[np.ndarray, "*n S"],
     count: int,
     batch: int,
     sharding: NamedSharding | None = None,
     watch: Callable[[Drawn], None] | None = None,
     redraws: bool = True,
+    ends: Callable[[Drawn], bool] = lambda drawn: False,
 ) -> Iterator[Drawn]:
-    """Samples 0 to count - 1 of one row, in this order, at most `batch` at a time; see `Slots`.
+    """Samples 0 to count - 1, in this order, at most `batch` at a time; see `Slots`, also for `redraws` and `ends`.
 
     A slot takes the next sample as soon as its own is finished. `watch` is called with every sample in progress
-    whenever a block of it is finished; the blocks then come one by one. `redraws`: see `Slots`.
+    whenever a block of it is finished; the blocks then come one by one.
     """
-    slots = Slots(sampler, params, row, batch, sharding, 1 if watch else None, redraws)
+    slots = Slots(sampler, params, rows, batch, sharding, 1 if watch else None, redraws, ends)
     finished: dict[int, Drawn] = {}
     waiting, following = iter(range(count)), 0
     while following < count:

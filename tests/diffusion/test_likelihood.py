@@ -50,8 +50,9 @@ def logits(position, block_size, x0, xt, sigma):
     return np.float64(TABLE[position, code]) + np.multiply.outer(sigma, np.float64(TILT[position, code]))
 
 
-def expected_losses(objective, x0, block_size, settings):
-    """Exact expectation of every token's loss over t ~ U[low, high] and the masks."""
+def expected_losses(objective, x0, block_size, settings, given=()):
+    """Exact expectation of every token's loss over t ~ U[low, high] and the masks; given positions stay as they are."""
+    given = {0, *given} if settings.ignore_bos else set(given)
     chance, scale = SCHEDULES[settings.schedule]
     # A fine grid on which 1/t is smooth.
     t = np.exp(np.linspace(np.log(settings.low), np.log(settings.high), 4001)) if settings.high > settings.low else None
@@ -70,7 +71,7 @@ def expected_losses(objective, x0, block_size, settings):
             probability = probability / sum(chances)
             xt = x0.copy()
             for i, masked in enumerate(mask):
-                if masked and not (settings.ignore_bos and start + i == 0):
+                if masked and start + i not in given:
                     xt[start + i] = MASK
             for i in range(start, start + block_size):
                 if xt[i] == MASK:
@@ -185,6 +186,48 @@ def test_low_variance_counts_are_uniform_and_weighted():
     counts = np.bincount(masked, minlength=5)
     assert counts[0] == 0
     assert ((counts[1:] >= 3) & (counts[1:] <= 4)).all()  # 15 strata over 4 counts
+
+
+@pytest.mark.parametrize(("block_size", "begin"), [(4, 1), (4, 3), (2, 3), (2, 2)])
+def test_a_part_given_its_context(block_size, begin):
+    """It ends inside a block, at its end, before its last token: the rest alone is masked and weighed."""
+    expected = np.stack([expected_losses("subs", x0, block_size, noise(low=1e-7), range(begin)) for x0 in X0])
+    free, variances = jnp.arange(L) >= begin, []
+    for draw in (likelihood.draw_low_variance, likelihood.draw_monte_carlo):
+        own = lambda key, x0, draw=draw: draw(key, x0, block_size, noise(), MASK, jnp.broadcast_to(free, x0.shape))
+        losses = estimates("subs", block_size, own)
+        assert_unbiased(losses, expected)
+        variances.append(losses.mean((1, 2)).var())
+    assert variances[0] < 0.8 * variances[1]
+
+
+def test_a_part_of_sedd_given_its_context():
+    draw = lambda key, x0: likelihood.draw_monte_carlo(
+        key, x0, L, noise(), MASK, jnp.broadcast_to(jnp.arange(L) >= 2, x0.shape)
+    )
+    expected = np.stack([expected_losses("sedd", x0, L, noise(), range(2)) for x0 in X0])
+    assert_unbiased(estimates("sedd", L, draw), expected, precision=0.04)
+
+
+def test_copies_are_stratified_in_every_block():
+    """12 draws of a block with 3 or 4 free tokens: every number of masked ones equally often, whatever the padding."""
+    free = jnp.tile(jnp.arange(12) > 0, (2, 1)).at[:, 8:].set(False)
+    keys, x0 = jax.random.split(jax.random.key(0)), jnp.zeros((2, 12), int)
+    copies = lambda x0, free: likelihood.draw_copies(
+        likelihood.draw_low_variance, keys, x0, 4, noise(), MASK, free, copies=12
+    )
+    draw = copies(x0, free)
+    masked = np.asarray(draw.xt == MASK).reshape(2, 12, 3, 4).sum(-1)
+    for row in masked:
+        np.testing.assert_array_equal(np.bincount(row[:, 0]), [0, 4, 4, 4])
+        np.testing.assert_array_equal(np.bincount(row[:, 1]), [0, 3, 3, 3, 3])
+        assert (row[:, 2] == 0).all()
+    np.testing.assert_allclose(
+        draw.weight.reshape(2, 12, 3, 4),
+        np.where(free.reshape(2, 1, 3, 4), np.array([3, 4, 0])[:, None] / np.maximum(masked, 1)[..., None], 0),
+    )
+    shorter = copies(x0[:, :8], free[:, :8])
+    np.testing.assert_array_equal(shorter.xt, draw.xt[:, :8])
 
 
 def test_every_schedule_gives_the_same_bound():

@@ -48,7 +48,8 @@ def test_a_prompt_read_at_once_is_as_good_as_one_read_bit_by_bit(make, objective
     at_once = Slots(sampler, params, sampler.canvas([prompt])[0], 1, blocks_per_call=1)
     assert at_once.new(0).blocks == (10 if objective == "ar" else 2)
     bit_by_bit = Slots(sampler, params, sampler.canvas([prompt])[0], 1, blocks_per_call=1)
-    bit_by_bit._begin, bit_by_bit._fresh = 0, sampler.start(bit_by_bit._weights, bit_by_bit._row, 0)
+    bit_by_bit._given = lambda row: 0
+    bit_by_bit._opening = (0, sampler.start(bit_by_bit._weights, bit_by_bit._rows[0], 0))
     rows = []
     for slots in (at_once, bit_by_bit):
         slots.begin({0: slots.new(0)})
@@ -71,6 +72,21 @@ def test_the_whole_canvas_in_one_call_gives_the_same(make):
         drawn = list(draw(sampler, params, canvas[0], 3, 2))
         np.testing.assert_array_equal(filled.tokens[:, :27], [each.tokens for each in drawn])
         np.testing.assert_array_equal(filled.nfe.sum(1), [each.nfe for each in drawn])
+
+
+@pytest.mark.parametrize("objective", ["bd3lm", "ar", "mdlm"])
+def test_many_prompts(make, objective):
+    """Sample i of its own row is the same that it is alone, whatever shares its batch; some end before the others."""
+    sampler, params = make(objective, 4 if objective == "bd3lm" else 0, max_length=12)
+    prompts = [[], [3, 4], [5, 1, 2, 6, 3, 3, 7], [9], [5, 1, 2, 6, 3, 3, 8]]
+    rows = sampler.canvas(prompts)
+    ends = lambda drawn: drawn.index == 1 and drawn.blocks * sampler.layout.stride >= 8
+    together = list(draw(sampler, params, rows, 5, 2, ends=ends))
+    for drawn, row, prompt in zip(together, rows, prompts, strict=True):
+        alone = list(draw(sampler, params, row, drawn.index + 1, 1))[-1]
+        assert drawn.tokens.tolist() == alone.tokens[: len(drawn.tokens)].tolist()
+        assert drawn.tokens.tolist()[: len(prompt) + 1] == [0, *prompt]
+        assert len(drawn.tokens) == 12 if drawn.index != 1 or objective == "mdlm" else 8 <= len(drawn.tokens) <= 12
 
 
 def test_one_compiled_function_for_every_prompt_length_and_seed(make):
