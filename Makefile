@@ -100,7 +100,7 @@ docs: .venv-docs/installed ## the documentation as HTML: build/docs/index.html
 
 .venv-docs/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-docs
-	@.venv-docs/bin/python $(PIP) --requirement requirements.lock sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19
+	@.venv-docs/bin/python $(PIP) --requirement requirements.lock sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19 lm_eval==0.4.13
 	@.venv-docs/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -69,44 +69,37 @@ def _heading(text: str, line: str) -> str:
     return f"{text}\n{line * len(text)}"
 
 
-FIELDS: dict[str, list[str]] = {}
-"""Full name of a class' field -> what the docstring of the class says of it."""
-
-
 def to_rest(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are Markdown with Google's sections; their tables and drawings become reStructuredText.
 
-    Drawings are paragraphs with a line of 0s and 1s, those indented by four, and all but the first of a usage.
-    In a class, `field: text` is told at the field.
+    Drawings are paragraphs with a line of 0s and 1s, those indented by four, and all but the first of a usage. In a
+    class, `field: text` becomes a list of its fields.
     """
-    if what == "attribute":
-        lines[:] = FIELDS.get(name, lines)
-        return
-    paragraphs = [paragraph.split("\n") for paragraph in re.split(r"\n\s*\n", "\n".join(lines))]
+    paragraphs = [paragraph.split("\n") for paragraph in re.split(r"\n\s*\n", "\n".join(lines).rstrip())]
     if name.startswith(("bd3_jax.cli.", "bd3_jax.main")):
         paragraphs[1:] = [[f"    {line}" for line in paragraph] for paragraph in paragraphs[1:]]
     if what == "class":
-        paragraphs = [_without_fields(paragraph, name, obj) for paragraph in paragraphs]
+        paragraphs = [_with_fields(paragraph, obj) for paragraph in paragraphs]
     lines[:] = [line for paragraph in filter(None, paragraphs) for line in [*_paragraph(paragraph), ""]]
 
 
-def _without_fields(lines: list[str], name: str, obj: Any) -> list[str]:
-    """What else a paragraph says; `FIELDS` gets the rest."""
-    kept, field = [], ""
+def _with_fields(lines: list[str], obj: Any) -> list[str]:
+    """A field list in place of a paragraph's `field: text` lines, under the heading `Attributes:` or not."""
+    found: list[str] = []
     for line in lines:
         word, colon, text = line.strip().partition(":")
         if colon and word in getattr(obj, "__annotations__", {}):
-            field = f"{name}.{word}"
-            FIELDS[field] = [_escaped(text.strip())]
-        elif field:
-            FIELDS[field].append(_escaped(line.strip()))
+            found += [""] if found and not found[-1].startswith((":", " ")) else []
+            found.append(f":ivar {word}: {text.strip()}")
+        elif found and found[-1].startswith((":", " ")):
+            found.append(f"    {line.strip()}")
         else:
-            kept.append(line)
-    return [line for line in kept if not (field and line == "Attributes:")]
+            found.append(line)
+    return found[2:] if found[:2] == ["Attributes:", ""] else found
 
 
 def _paragraph(lines: list[str]) -> Iterator[str]:
-    if len(lines) > 1 and set(lines[1]) <= set("|-: "):
+    if len(lines) > 1 and lines[1].startswith("|") and set(lines[1]) <= set("|-: "):
         yield from [".. list-table::", "   :header-rows: 1", ""]
         for row in [lines[0], *lines[2:]]:
             cells = [_escaped(cell.strip()) for cell in row[1:-1].split(" | ")]
