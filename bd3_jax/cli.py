@@ -201,7 +201,8 @@ def lm_eval(argv: Sequence[str]) -> None:
     try:
         from bd3_jax import harness
     except ModuleNotFoundError as error:
-        raise UserError(f"bd3 lm_eval needs {error.name}: pip install 'bd3_jax[eval]'") from None
+        package = str(error.name).partition(".")[0]
+        raise UserError(f"bd3 lm_eval needs {package}: pip install 'bd3_jax[eval]'") from None
     runtime.start()
     harness.main(argv)
 
