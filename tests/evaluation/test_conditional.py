@@ -132,6 +132,7 @@ def test_one_free_token_of_a_block_leaves_nothing_to_chance(toy):
     np.testing.assert_allclose(found, bound, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ar", "bd3lm", "mdlm", "sedd"])
 def test_padding_and_batches_change_nothing(toy, objective):
     lm, params = toy(objective, 4 if objective == "bd3lm" else 0, length=128)
