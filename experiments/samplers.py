@@ -137,7 +137,8 @@ def plot(found: dict[str, dict[str, Any]]) -> Figure:
             axes.axhline(perplexity, color="grey", linestyle="--", label=name)
     axes.set(xlabel="network calls per text", ylabel="perplexity, pooled over texts", yscale="log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.legend(loc="outside right upper")
+    if axes.has_data():
+        figure.legend(loc="outside right upper")
     return figure
 
 
