@@ -117,7 +117,8 @@ def table(found: dict[str, dict[str, dict[int, np.ndarray]]]) -> str:
     corpora = PUBLISHED[""]
     lines += ["", "Published (table 5), models trained on OpenWebText.", ""]
     lines += [f"| model | {' | '.join(corpora)} |", "| --- |" + " ---: |" * len(corpora)]
-    lines += [f"| {name} | {' | '.join(map(str, values))} |" for name, values in PUBLISHED.items() if name]
+    for name, values in PUBLISHED.items():
+        lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |"] if name else []
     return "\n".join(lines)
 
 
@@ -140,14 +141,13 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"--runs is {str(own.runs)!r}, which has no model of {own.steps} steps; train with likelihood.py"
         )
+    tokenizer = str(models[0][3] / "tokenizer")  # the same for all
     for name, seed, config, place in models:
         for corpus in (IN_DOMAIN, *CORPORA):
             data = config.data
             if corpus in CORPORA:
                 source, rows = str(own.data / corpus / "source"), str(own.data / corpus / "rows")
-                data = dataclasses.replace(
-                    data, corpus="files", source=source, directory=rows, tokenizer=str(place / "tokenizer")
-                )
+                data = dataclasses.replace(data, corpus="files", source=source, directory=rows, tokenizer=tokenizer)
             settings = dataclasses.replace(config, data=data)
             recording.cell(
                 {"model": name, "seed": seed, "steps": own.steps, "corpus": corpus, "rows": own.rows},
