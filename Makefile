@@ -69,40 +69,22 @@ test-all: test-slow test-tpu test-docs test-notebooks test-harness .venv-torch/i
 	@.venv-beam/bin/python $(PIP) --no-build-isolation --editable '.[beam]'
 	@touch $@
 
-# What `make test` does without: the compiler for TPUs, a kernel for notebooks, lm_eval, and the yardstick's PyTorch.
-.venv-tpu/installed: requirements.lock setup.py
-	@$(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/python $(PIP) --requirement requirements.lock 'libtpu==0.0.42.*'
-	@.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .
-	@touch $@
+# What `make test` does without, each in an environment of its own.
+NEEDS_tpu := 'libtpu==0.0.42.*'
+NEEDS_notebooks := nbclient==0.11.0 ipykernel==7.4.0
+NEEDS_harness := lm_eval==0.4.13
+NEEDS_torch := torch==2.13.0
+NEEDS_docs := sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19 $(NEEDS_harness)
 
-.venv-notebooks/installed: requirements.lock setup.py
-	@$(PYTHON) -m venv .venv-notebooks
-	@.venv-notebooks/bin/python $(PIP) --requirement requirements.lock nbclient==0.11.0 ipykernel==7.4.0
-	@.venv-notebooks/bin/python $(PIP) --no-deps --no-build-isolation --editable .
-	@touch $@
-
-.venv-harness/installed: requirements.lock setup.py
-	@$(PYTHON) -m venv .venv-harness
-	@.venv-harness/bin/python $(PIP) --requirement requirements.lock lm_eval==0.4.13
-	@.venv-harness/bin/python $(PIP) --no-deps --no-build-isolation --editable .
-	@touch $@
-
-.venv-torch/installed: requirements.lock setup.py
-	@$(PYTHON) -m venv .venv-torch
-	@.venv-torch/bin/python $(PIP) --requirement requirements.lock torch==2.13.0
-	@.venv-torch/bin/python $(PIP) --no-deps --no-build-isolation --editable .
+.venv-%/installed: requirements.lock setup.py
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python $(PIP) --requirement requirements.lock $(NEEDS_$*)
+	@.venv-$*/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 docs: .venv-docs/installed ## the documentation as HTML: build/docs/index.html
 	@.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "build/docs/index.html"
-
-.venv-docs/installed: requirements.lock setup.py
-	@$(PYTHON) -m venv .venv-docs
-	@.venv-docs/bin/python $(PIP) --requirement requirements.lock sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19 lm_eval==0.4.13
-	@.venv-docs/bin/python $(PIP) --no-deps --no-build-isolation --editable .
-	@touch $@
 
 format: .venv ## format the code and apply what the linter can fix
 	$(BIN)/ruff check --fix .

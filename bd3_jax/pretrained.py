@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints.published import TOKENIZERS, Architecture
@@ -16,7 +16,7 @@ from bd3_jax.checkpoints.source import Source, Weights, open_source
 from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig, from_config_dict
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.perplexity import Result, sequence_losses
+from bd3_jax.evaluation.perplexity import Result, batches, sequence_losses
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.transformer import Params
 from bd3_jax.sampling.drawing import Drawn, draw
@@ -176,7 +176,7 @@ class Pretrained:
         if (rows == self.mask_id).any():
             raise UserError(f"rows hold the mask's id {self.mask_id}, which is no token of a text")
         model = self._fitted(rows.shape[1])
-        losses = sequence_losses(model, self.params, _batches(rows, c.batch_size), c)
+        losses = sequence_losses(model, self.params, batches(rows, c.batch_size), c)
         return Result.of(
             model, losses, rows.shape[1], c.estimator,
             split="given", insert_special=False, insert_eos=are_texts,
@@ -257,16 +257,6 @@ def _apply(model: LanguageModel) -> Callable[..., Float[Array, "b L V"]]:
         return model.network.unembed(params, hidden)
 
     return jax.jit(logits)
-
-
-def _batches(
-    rows: Int[np.ndarray, "n L"], batch_size: int
-) -> Iterator[tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]]:
-    """All rows, in batches of one shape: the last row fills up the last batch."""
-    size = min(batch_size, len(rows))
-    for first in range(0, len(rows), size):
-        indices = np.arange(first, first + size)
-        yield rows[np.minimum(indices, len(rows) - 1)], indices < len(rows)
 
 
 def load_pretrained(

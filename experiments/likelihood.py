@@ -30,7 +30,7 @@ from bd3_jax import runtime
 from bd3_jax.command_line import exit_status
 from bd3_jax.config import Config
 from bd3_jax.data.pipeline import Dataset, open_dataset
-from bd3_jax.evaluation.perplexity import open_run, sequence_losses
+from bd3_jax.evaluation.perplexity import batches, open_run, sequence_losses
 
 DRAWS = 8  # of the noise, for every row
 # Tables 3 and 4, test perplexity on LM1B (65 B tokens) and OpenWebText (524 B tokens).
@@ -56,13 +56,17 @@ def losses_by_row(
 ) -> dict[str, Any]:
     """Losses of these rows, summed over their counted tokens, in nats: means over draws of the noise."""
     step, lm, params, split = open_run(config, workdir, dataset)
-    size = config.eval.batch_size
-    padded = np.concatenate([rows, np.full(-len(rows) % size, rows[-1])]).reshape(-1, size)
-    is_real = (np.arange(padded.size) < len(rows)).reshape(-1, size)
-    sums = []
-    for draw in range(1 if lm.is_exact else draws):
-        batches = zip(map(dataset.read, tqdm(padded.tolist(), f"draw {draw}", leave=False)), is_real, strict=True)
-        sums.append(sequence_losses(lm, params, batches, dataclasses.replace(config.eval, seed=draw), split).sum(1))
+    tokens = dataset.read(rows.tolist())
+    sums = [
+        sequence_losses(
+            lm,
+            params,
+            batches(tokens, config.eval.batch_size),
+            dataclasses.replace(config.eval, seed=draw),
+            split,
+        ).sum(1)
+        for draw in tqdm(range(1 if lm.is_exact else draws), "draws of the noise", leave=False)
+    ]
     counted, means = int(lm.counted(lm.length).sum()), np.mean(sums, 0)
     return {
         "step": step,
@@ -82,6 +86,13 @@ def compare(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     return float(by_row.mean()), math.sqrt(variance)
 
 
+def pooled(seeds: dict[int, np.ndarray]) -> tuple[float, float, str]:
+    """NLL per token over rows and seeds, its standard error, and the perplexity with its own as text."""
+    values = np.stack(list(seeds.values()))
+    nll, error = compare(np.zeros_like(values), values)
+    return nll, error, f"{math.exp(nll):.1f} +- {math.exp(nll) * error:.1f}"
+
+
 def by_model(cells: list[dict[str, Any]], steps: int) -> dict[str, dict[int, np.ndarray]]:
     """Name -> seed -> NLL per token of every row, for the models that are there."""
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in small_models.MODELS}
@@ -99,11 +110,9 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
     ]
     lines += ["| model | by seed | perplexity | NLL, nats per token |", "| --- | --- | ---: | ---: |"]
     for name, seeds in found.items():
-        values = np.stack(list(seeds.values()))
-        mean, error = compare(np.zeros_like(values), values)
+        nll, error, perplexity = pooled(seeds)
         each = ", ".join(f"{math.exp(rows.mean()):.1f}" for _, rows in sorted(seeds.items()))
-        perplexity = f"{math.exp(mean):.1f} +- {math.exp(mean) * error:.1f}"
-        lines.append(f"| {name} | {each} | {perplexity} | {mean:.4f} +- {error:.4f} |")
+        lines.append(f"| {name} | {each} | {perplexity} | {nll:.4f} +- {error:.4f} |")
     lines += ["", "Neighbours in the published order, row by row: how much more the second needs, nats per token.", ""]
     lines += ["| | | difference | lower |", "| --- | --- | ---: | --- |"]
     names = list(found)

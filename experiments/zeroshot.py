@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import math
 import re
 import sys
 import tarfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import small_models
 from etils import epath
-from likelihood import by_model, compare, losses_by_row
+from likelihood import by_model, losses_by_row, pooled
 from recording import RESULTS, Recording
 
 from bd3_jax import runtime
@@ -34,16 +33,11 @@ from bd3_jax.config import Config
 from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
+from bd3_jax.evaluation import suite
 
 IN_DOMAIN = "Wikipedia summaries"
-# Table 5, models trained on OpenWebText.
-PUBLISHED = {
-    "": ("PTB", "WikiText", "LM1B", "LAMBADA", "AG News", "PubMed", "arXiv"),
-    "AR": (81.07, 25.32, 51.14, 52.13, 52.11, 48.59, 41.22),
-    "BD3-LM B = 4": (96.81, 31.31, 60.88, 50.03, 61.67, 42.52, 39.20),
-    "MDLM": (90.96, 33.22, 64.94, 48.29, 62.78, 43.13, 37.89),
-    "SEDD": (96.33, 35.98, 68.14, 48.93, 67.82, 45.39, 40.03),
-}
+# Our models of which table 5 has a row -> their key in `suite.PUBLISHED`.
+PUBLISHED = {"AR": ("ar", 0), "BD3-LM B = 4": ("bd3lm", 4), "MDLM": ("mdlm", 0), "SEDD": ("sedd", 0)}
 SHA256 = {
     "brown": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
     "shakespeare": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
@@ -108,17 +102,14 @@ def table(found: dict[str, dict[str, dict[int, np.ndarray]]]) -> str:
     lines += [f"| model | seeds | {' | '.join(found)} |", "| --- |" + " ---: |" * (1 + len(found))]
     names = [name for name in small_models.MODELS if any(name in models for models in found.values())]
     for name in names:
-        cells = []
-        for models in found.values():
-            values = np.stack(list(models[name].values()))
-            mean, error = compare(np.zeros_like(values), values)
-            cells.append(f"{math.exp(mean):.1f} +- {math.exp(mean) * error:.1f}")
-        lines.append(f"| {name} | {len(values)} | {' | '.join(cells)} |")
-    corpora = PUBLISHED[""]
+        cells = [pooled(models[name])[2] for models in found.values()]
+        seeds = max(len(models[name]) for models in found.values())
+        lines.append(f"| {name} | {seeds} | {' | '.join(cells)} |")
+    titles = [title for _, title, _ in suite.ZEROSHOT]
     lines += ["", "Published (table 5), models trained on OpenWebText.", ""]
-    lines += [f"| model | {' | '.join(corpora)} |", "| --- |" + " ---: |" * len(corpora)]
-    for name, values in PUBLISHED.items():
-        lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |"] if name else []
+    lines += [f"| model | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
+    for name, key in PUBLISHED.items():
+        lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in suite.PUBLISHED[key])} |")
     return "\n".join(lines)
 
 

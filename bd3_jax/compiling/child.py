@@ -43,10 +43,11 @@ def compile_program(
         needed = hlo.needed(message)
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text() or ""
-        if chip.platform == "tpu":
-            moved_bytes = traffic.moved(text, program.calls.repeated if program.calls else program.turns)
-        if moved_bytes and program.calls:
+        if program.calls:
+            moved_bytes = traffic.moved(text, program.calls.repeated)
             call_bytes = moved_bytes / program.calls.number
+        elif chip.platform == "tpu":
+            moved_bytes = traffic.moved(text, program.turns)
         memory["temporaries"] = stats.temp_size_in_bytes
         memory["batch and results"] = (
             stats.argument_size_in_bytes

@@ -239,6 +239,14 @@ def sequence_losses(
     return np.concatenate(sums)
 
 
+def batches(rows: Int[np.ndarray, "n L"], batch_size: int) -> Iterator[Batch]:
+    """All rows, in batches of one shape: the last row fills up the last batch."""
+    size = min(batch_size, len(rows))
+    for first in range(0, len(rows), size):
+        indices = np.arange(first, first + size)
+        yield rows[np.minimum(indices, len(rows) - 1)], indices < len(rows)
+
+
 @functools.cache
 def likelihood_program(
     lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None

@@ -183,11 +183,15 @@ class Network:
     @functools.cached_property
     def settled(self) -> ModelConfig:
         """The settings as they are on its platform."""
-        return settle(self.model, self.platform or jax.default_backend())
+        return settle(self.model, self._on)
+
+    @property
+    def _on(self) -> str:
+        return self.platform or jax.default_backend()
 
     @property
     def _flat(self) -> bool:
-        return flat_products(self.platform or jax.default_backend())
+        return flat_products(self._on)
 
     @property
     def dtype(self) -> jnp.dtype:
