@@ -116,9 +116,17 @@ def configure(objective: str, overrides: list[str]) -> Config:
 
 def ours(config: Config, mode: str, vocab_size: int) -> Program:
     """The program that a run compiles, on all devices, with random rows."""
-    mesh = make_mesh(config.mesh)
+    return program_of(language_model(config, vocab_size), config, mode)
+
+
+def language_model(config: Config, vocab_size: int) -> LanguageModel:
     ids = SpecialIds(bos=0, eos=0, mask=vocab_size - 1, vocab_size=vocab_size)
-    model = LanguageModel.from_config(config, ids, batch_shards(mesh))
+    return LanguageModel.from_config(config, ids, batch_shards(make_mesh(config.mesh)))
+
+
+def program_of(model: LanguageModel, config: Config, mode: str) -> Program:
+    """The same for a model that may be another one than that of the settings."""
+    mesh, vocab_size = make_mesh(config.mesh), model.ids.vocab_size
     rng, length = np.random.default_rng(0), model.length
     began = time.perf_counter()
     if mode == "train":

@@ -10,9 +10,12 @@ interval does not vary less than U[0, 1].
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -56,7 +59,7 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, obje
     train(config, workdir)
     summary = orbax.summarize(workdir)
     intervals = {"chosen": (summary.low, summary.high), **INTERVALS}
-    found = loss_variances(config, workdir, intervals, batches)
+    found = loss_variances(config, workdir, intervals, unread_rows(config, batches))
     return {
         "low": summary.low,
         "high": summary.high,
@@ -65,33 +68,39 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, obje
     }
 
 
-def loss_variances(
-    config: Config, workdir: epath.Path, intervals: dict[str, tuple[float, float]], batches: int
-) -> dict[str, dict[str, float]]:
-    """The training loss of rows that training has not read, by interval: the same rows and keys for all."""
+def unread_rows(config: Config, batches: int) -> Iterator[np.ndarray]:
+    """Batches of rows that the steps of this config have not read."""
     dataset = open_dataset(config.data, config.model.length, "train")
     rows_read, batch_size = config.training.num_steps * config.training.batch_size, config.training.batch_size
     if rows_read + batches * batch_size > len(dataset):
         raise UserError(f"--steps and --batches take more than the {len(dataset)} rows of the training split")
+    with contextlib.closing(train_batches(dataset, batch_size, config.seed, rows_read, 0, 1)) as unread:
+        yield from itertools.islice(unread, batches)
+
+
+def loss_variances(
+    config: Config, workdir: epath.Path, intervals: dict[str, tuple[float, float]], batches: Iterable[np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """The training loss of batches `[b, L]` of rows, by interval: the same rows and keys for all, and no dropout."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
-    model = LanguageModel.from_config(config, dataset.tokenizer.ids)
+    tokenizer = open_dataset(config.data, config.model.length, "train").tokenizer
+    model = LanguageModel.from_config(config, tokenizer.ids)
+    block_size = config.block_size or 1  # AR has none
     params, _ = orbax.restore_params(config, workdir, "ema")
     losses_of = jax.jit(lambda *args: model.training_loss(*args)[1])
     means: dict[str, list[float]] = {name: [] for name in intervals}
     variances: dict[str, list[float]] = {name: [] for name in intervals}
-    unread = train_batches(dataset, batch_size, config.seed, rows_read, 0, 1)
-    for index in tqdm(range(batches), "drawing losses", disable=None):
-        rows, key = next(unread), jax.random.fold_in(jax.random.key(1), index)
+    for index, rows in enumerate(tqdm(batches, "drawing losses", disable=None)):
+        key = jax.random.fold_in(jax.random.key(1), index)
         for name, (low, high) in intervals.items():
             losses = np.asarray(losses_of(params, rows, key, jnp.float32(low), jnp.float32(high)), np.float64)
-            variances[name].append(losses.reshape(-1, config.block_size).mean(1).var(ddof=1))
+            variances[name].append(losses.reshape(-1, block_size).mean(1).var(ddof=1))
             means[name].append(losses.mean())
-    unread.close()
     return {
         name: {
             "mean": np.mean(means[name]),
             "block_variance": np.mean(variances[name]),
-            "standard_error": np.std(variances[name], ddof=1) / math.sqrt(batches),
+            "standard_error": np.std(variances[name], ddof=1) / math.sqrt(len(variances[name])),
             "batch_variance": np.var(means[name], ddof=1),
         }
         for name in intervals

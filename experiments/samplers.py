@@ -50,9 +50,11 @@ def samplers(block_size: int) -> dict[str, dict[str, Any]]:
 
 
 def draw(model: Pretrained, count: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Means over `count` texts of the context's length, and the texts. Compilation is not timed."""
-    samples = model.sample(num_samples=count, batch_size=BATCH, max_length=model.model.length, **settings)
+    """Means over `count` texts, of the context's length unless `settings` say else, and the texts."""
+    settings = {"max_length": model.model.length} | settings
+    samples = model.sample(num_samples=count, batch_size=BATCH, **settings)
     mean = lambda name: sum(getattr(each, name) for each in samples) / count
+    # Compilation is not timed.
     tokens, seconds = sum(len(each.tokens) for each in samples), sum(each.seconds for each in samples)
     figures = {name: mean(name) for name in ("nfe", "cache_calls", "entropy", "distinct_2")}
     return figures | {"tokens_per_second": tokens / seconds, "texts": [each.text for each in samples]}
@@ -107,7 +109,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"Perplexity of the texts by {', '.join(sorted(judges)) or 'no judge yet'}: mean over texts, and pooled.",
         "",
-        "| sampler | network calls | perplexity | pooled | entropy, nats | distinct-2 | tokens/s |",
+        "| texts | network calls | perplexity | pooled | entropy, nats | distinct-2 | tokens/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, figures in found.items():

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import small_models
 from etils import epath
-from interval_variance import loss_variances
+from interval_variance import loss_variances, unread_rows
 from likelihood import losses_by_row
 from recording import RESULTS, Recording
 
@@ -74,7 +74,8 @@ def measure(config: Config, place: epath.Path, batches: int) -> dict[str, Any]:
     small_models.train_on(config, place)
     dataset = open_dataset(config.data, config.model.length, "validation")
     found = losses_by_row(config, place, dataset, np.arange(len(dataset)), draws=4)
-    (variances,) = loss_variances(config, place, {"own": (config.noise.low, config.noise.high)}, batches).values()
+    interval = {"own": (config.noise.low, config.noise.high)}
+    (variances,) = loss_variances(config, place, interval, unread_rows(config, batches)).values()
     rows = np.array(found["rows"]) / found["counted"]
     return {"nll": rows.mean(), "nll_standard_error": rows.std(ddof=1) / math.sqrt(len(rows)), **variances}
 

@@ -175,19 +175,14 @@ def test_sampling_speed(script, tmp_path, monkeypatch):
     assert (tmp_path / "sampling_speed.png").stat().st_size > 1000
 
 
-def test_likelihood_of_small_models(script, tiny_config, tmp_path, monkeypatch):
-    """Rows by rows, as an evaluation of each checkpoint has them; a BD3-LM goes on from an MDLM."""
+def test_small_models(script, tiny_config, tmp_path, monkeypatch):
+    """Likelihoods row by row, as an evaluation of each checkpoint has them; a BD3-LM goes on from an MDLM; texts."""
     models, likelihood = script("small_models"), script("likelihood")
     names = ["AR", "BD3-LM B = 4"]
     monkeypatch.setattr(models, "MODELS", {name: models.MODELS[name] for name in names})
     monkeypatch.setattr(likelihood, "DRAWS", 2)
 
-    def tiny(string, seed, steps):
-        resample = {"noise.resample": True} if string.startswith("bd3lm") else {}
-        changed = {"training.num_steps": steps, "training.eval_every": steps, "eval.estimator": "low_variance"}
-        return tiny_config(string, seed=seed, **changed, **resample)
-
-    monkeypatch.setattr(models, "settings", tiny)
+    monkeypatch.setattr(models, "settings", few_steps_of(tiny_config))
     argv = ["--seeds=1", "--steps=4", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     likelihood.main(argv)
     cells = results(tmp_path / "out")
@@ -209,6 +204,37 @@ def test_likelihood_of_small_models(script, tiny_config, tmp_path, monkeypatch):
     assert "| AR | BD3-LM B = 4 |" in text
     likelihood.main(argv)
     assert results(tmp_path / "out") == cells
+
+    runs, one = f"--runs={tmp_path / 'runs'}", script("one_token_blocks")
+    one.main(["--seeds=1", "--steps=4", runs, f"--out={tmp_path / 'one'}"])
+    found = {cell["settings"]["model"]: cell["figures"] for cell in results(tmp_path / "one")}
+    assert found[one.AR]["rows"] == cells[0]["figures"]["rows"]
+    assert {figures["estimator"] for figures in found.values()} == {"exact"}
+    # Of tokens that are masked with chance t and weigh 1/t: all but nothing is learnt in 4 steps, so losses are alike.
+    assert found[one.UNIFORM]["variances"]["block_variance"] > 3 * found[one.MASKED]["variances"]["block_variance"]
+    assert f"| {one.MASKED} | 1 | " in (tmp_path / "one" / "table.md").read_text()
+
+    quality, out = script("sample_quality"), f"--out={tmp_path / 'quality'}"
+    quality.main(["--seed=1", "--steps=4", runs, out, "--num_samples=2"])
+    drawn = results(tmp_path / "quality")
+    length = model.length
+    assert [cell["settings"].get("max_length") for cell in drawn] == [length, 2 * length, length, 2 * length, None]
+    assert drawn[-2]["figures"]["nfe"] == 2 * length - 1  # one call a token, BOS given
+    monkeypatch.setattr(script("samplers"), "TransformersJudge", ByteJudge)
+    quality.main(["--judge=some/bytes.gguf", out])
+    assert "256.0" in (tmp_path / "quality" / "table.md").read_text()
+    assert (tmp_path / "quality" / "sample_quality.png").stat().st_size > 1000
+
+
+def few_steps_of(tiny_config):
+    """`small_models.settings` of models that train in seconds."""
+
+    def tiny(string, seed, steps):
+        resample = {"noise.resample": True} if string.startswith("bd3lm") else {}
+        changed = {"training.num_steps": steps, "training.eval_every": steps, "eval.estimator": "low_variance"}
+        return tiny_config(string, seed=seed, **changed, **resample)
+
+    return tiny
 
 
 def test_the_standard_error_of_a_difference(script):
