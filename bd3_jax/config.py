@@ -41,7 +41,7 @@ class ModelConfig:
     cond_dim: int
     dropout: float
     dtype: Literal["auto", "float32", "bfloat16"]
-    attention: Literal["auto", "dense", "decomposed", "splash"]
+    attention: Literal["auto", "dense", "decomposed", "splash", "flash"]
     attention_chunk: int
     scan_unroll: int
     remat: Literal["none", "block", "full"]

@@ -161,8 +161,8 @@ class Splash:
 
 
 @functools.cache
-def get_backend(name: Literal["dense", "decomposed", "splash"], chunk: int, length: int) -> Backend:
-    """`chunk`: queries at a time. A window of a length that splash does not take is decomposed in its place."""
-    if name == "splash" and length % splash.LANES == 0:
+def get_backend(name: Literal["dense", "decomposed", "splash", "flash"], chunk: int, length: int) -> Backend:
+    """`chunk`: queries at a time. What `flash` does not take is splash, and what that does not take is decomposed."""
+    if name in ("flash", "splash") and length % splash.LANES == 0:
         return Splash(chunk)
     return Dense() if name == "dense" else Decomposed(chunk)

@@ -108,6 +108,11 @@ class Entry:
         kernel = gain.reshape(-1, *(1,) * (kernel.ndim - 1)) * kernel
         return jax.tree.map(lambda x: x.astype(dtype), cls(kernel, bias, scale))
 
+    def side_by_side(self) -> "Entry":
+        """The same with all heads along one axis."""
+        bias = None if self.bias is None else self.bias.reshape(*self.bias.shape[:-2], -1)
+        return Entry(self.kernel.reshape(self.kernel.shape[0], -1), bias, self.scale)
+
     def __call__(self, y: Streams, flat: bool) -> Float[Array, "b s L *o"]:
         if self.scale is None:
             out = _product(y, self.kernel, flat)
@@ -171,25 +176,31 @@ class Layer:
     def __call__(
         self,
         x: Streams,
-        rotary: tuple[Array, Array],
+        rotary: tuple[Array, Array] | None,
         attend: Attend,
         key: PRNGKeyArray | None,
         streams: int,
         at: Int[Array, "b n"] | None = None,
     ) -> tuple[Streams, tuple[Array, Array]]:
-        """The residual stream after this layer, and the keys (rotated) and values `[b, h, s, L, k]`.
+        """The residual stream after this layer, and the keys and values as `attend` takes them.
 
         Args:
           x: s residual streams of the same positions.
-          rotary: cosines and sines, see `rotate`.
-          attend: the attention pattern, (q, k, v) -> the result for the streams of q.
+          rotary: cosines and sines, see `rotate`; None: `attend` rotates.
+          attend: the attention pattern, (q, k, v) -> the result for the streams of q, of rotated `[b, h, s, L, k]`;
+            where it rotates itself, of `[b, s, L, h k]`.
           key: None turns dropout off.
           streams: only the first so many go on. The last layer's clean half is needed for its keys and values alone.
           at: only these of the L positions go on; None: all.
         """
         key_a, key_m = (None, None) if key is None else jax.random.split(key)
         y = normalise(x)
-        x, y_q, rotary_q = x[:, :streams], y[:, :streams], rotary
+        x, y_q = x[:, :streams], y[:, :streams]
+        if rotary is None:
+            entries = ((self.q, y_q), (self.k, y), (self.v, y))
+            q, k, v = (checkpoint_name(entry.side_by_side()(each, self.flat), HEADS) for entry, each in entries)
+            return self._finish(x, self.attention_out(attend(q, k, v), self.flat), key_a, key_m), (k, v)
+        rotary_q = rotary
         if at is not None:
             x, y_q = (jnp.take_along_axis(each, at[:, None, :, None], axis=2) for each in (x, y_q))
             cos, sin = (jnp.take_along_axis(each, at[:, None, None, :, None], axis=3) for each in rotary)
@@ -202,12 +213,17 @@ class Layer:
                 _heads_first(self.v(y, self.flat)),
             )
         )
-        x = x + _dropout(self.attention_out.of_heads(attend(q, k, v), self.flat), self.dropout, key_a)
+        mixed = self.attention_out.of_heads(attend(q, k, v), self.flat)
+        return self._finish(x, mixed, key_a, key_m), (k, v)
+
+    def _finish(self, x: Streams, mixed: Streams, key_a: PRNGKeyArray | None, key_m: PRNGKeyArray | None) -> Streams:
+        """What follows attention."""
+        x = x + _dropout(mixed, self.dropout, key_a)
         hidden = checkpoint_name(self.mlp_in(normalise(x), self.flat), HIDDEN)
         # Only `hidden` is kept: a GELU is computed faster than it is read.
         leave = jax.checkpoint(lambda exit, hidden: exit(jax.nn.gelu(hidden), self.flat), prevent_cse=False)
         out = leave(self.mlp_out, hidden)
-        return x + _dropout(out, self.dropout, key_m), (k, v)
+        return x + _dropout(out, self.dropout, key_m)
 
 
 def _heads_first(x: Float[Array, "b s L h k"]) -> Float[Array, "b h s L k"]:

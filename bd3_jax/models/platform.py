@@ -5,20 +5,23 @@ import dataclasses
 from bd3_jax.config import ModelConfig
 from bd3_jax.models.splash import LANES
 
+KERNELS = ("flash", "splash")
+
 
 def settle(model: ModelConfig, platform: str) -> ModelConfig:
     """The settings with every choice made for `platform`: cpu, tpu, or gpu and its other names.
 
     - Activations are float32 on CPU, bfloat16 elsewhere.
-    - Attention is splash, in tiles of 512, on TPU where the length permits it. Elsewhere, also where splash was asked
+    - Attention is flash, in tiles of 512, on TPU where the length permits it. Elsewhere, also where a kernel was asked
       for, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of 256 on others.
     - Layers are unrolled on CPU, whose loops are slow (a scanned body takes 1.6 times as long), and scanned elsewhere.
     - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
     """
-    on_cpu, attention = platform == "cpu", model.attention
-    if attention in ("auto", "splash"):
-        attention = "splash" if platform == "tpu" and model.length % LANES == 0 else "decomposed"
-    chunk = 512 if attention == "splash" else 64 if on_cpu else 256
+    on_cpu = platform == "cpu"
+    attention = "flash" if model.attention == "auto" else model.attention
+    if attention in KERNELS and not (platform == "tpu" and model.length % LANES == 0):
+        attention = "decomposed"
+    chunk = 512 if attention in KERNELS else 64 if on_cpu else 256
     return dataclasses.replace(
         model,
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,

@@ -72,7 +72,7 @@ def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret:
 
 
 def _attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret: bool) -> Heads:
-    tile_q, tile_k = (_divisor(x.shape[2], tile) for x in (q, k))
+    tile_q, tile_k = (tile_size(x.shape[2], tile) for x in (q, k))
     sizes = BlockSizes(
         block_q=tile_q, block_kv=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k, block_q_dq=tile_q, block_kv_dq=tile_k,
         q_layout=QKVLayout.SEQ_MINOR, k_layout=QKVLayout.SEQ_MINOR, v_layout=QKVLayout.SEQ_MINOR,
@@ -90,7 +90,7 @@ def _attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret
     return jax.vmap(kernel)(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v)
 
 
-def _divisor(length: int, most: int) -> int:
+def tile_size(length: int, most: int) -> int:
     """The largest multiple of 128 up to `most` that divides `length`."""
     return next(size for size in range(max(most, LANES) // LANES * LANES, 0, -LANES) if length % size == 0)
 

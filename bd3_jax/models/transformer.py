@@ -17,10 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import ModelConfig
-from bd3_jax.models import attention
+from bd3_jax.models import attention, flash
+from bd3_jax.models.flash_kernels import Pattern
 from bd3_jax.models.kv_cache import KVBlock, KVCache
-from bd3_jax.models.layer import REMAT_SAVED, Entry, Exit, Layer, normalise
+from bd3_jax.models.layer import REMAT_SAVED, Attend, Entry, Exit, Layer, normalise
 from bd3_jax.models.platform import flat_products, settle
+from bd3_jax.models.splash import tile_size
 
 Params = dict[str, Any]
 TIME_FEATURES = 256
@@ -263,20 +265,13 @@ class Network:
         if length % block_size:
             raise ValueError(f"the block size {block_size} must divide the length {length}")
         transformer, dtype = self._merge(params), self.dtype
-        backend = attention.get_backend(self.settled.attention, self.settled.attention_chunk, length)
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            if clean is None:
-                return backend.block_causal(q[:, :, 0], k[:, :, 0], v[:, :, 0], block_size)[:, :, None]
-            return backend.block_diffusion(q, k, v, block_size)
-
         ids = tokens[:, None]
         if clean is not None:
             ids = jnp.concatenate([tokens.reshape(clean.shape[0], -1, length), clean[:, None]], axis=1)
         streams = ids.shape[1]
         x = jnp.take(transformer.embedding[...], ids, axis=0).astype(dtype)
         cond = self._cond(transformer, sigma)
-        rotary = rotary_angles(jnp.arange(length), self.model.width // self.model.num_heads)
+        attend, rotary = self._attention(length, block_size, streams - 1)
         graph, blocks = nnx.split(transformer.blocks)
 
         def apply_block(x: Array, index: Array | int, block: Any, streams: int) -> Array:
@@ -300,6 +295,22 @@ class Network:
         noised = streams if clean is None else streams - 1
         x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), noised)
         return _finish(x.reshape(*tokens.shape, -1), *transformer.final(cond))
+
+    def _attention(self, length: int, block_size: int, copies: int) -> tuple[Attend, tuple[Array, Array] | None]:
+        """The pattern of `apply`, and the rotation that its operands need before; see `Layer.__call__`."""
+        settled, head_dim = self.settled, self.model.width // self.model.num_heads
+        rotary = rotary_angles(jnp.arange(length), head_dim)
+        if settled.attention == "flash" and flash.supports(length, self.model.num_heads, head_dim, block_size, copies):
+            pattern = Pattern(length, block_size, copies, head_dim, tile_size(length, settled.attention_chunk))
+            return lambda q, k, v: flash.attend_streams(q, k, v, rotary, pattern), None
+        backend = attention.get_backend(settled.attention, settled.attention_chunk, length)
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            if copies == 0:
+                return backend.block_causal(q[:, :, 0], k[:, :, 0], v[:, :, 0], block_size)[:, :, None]
+            return backend.block_diffusion(q, k, v, block_size)
+
+        return attend, rotary
 
     def _rematerialised(self, block: Callable[..., Array]) -> Callable[..., Array]:
         """What the backward pass of a block computes again; see `ModelConfig.remat`."""

@@ -26,9 +26,11 @@ def test_what_is_set_stays():
     assert settle(chosen, "tpu") == chosen
 
 
-def test_splash_where_it_can():
-    assert settle(MODEL, "tpu").attention == "splash"
+def test_kernels_where_they_can_be():
+    assert settle(MODEL, "tpu").attention == "flash"
+    assert settle(dataclasses.replace(MODEL, attention="splash"), "tpu").attention == "splash"
     assert settle(dataclasses.replace(MODEL, length=1000), "tpu").attention == "decomposed"
     assert settle(MODEL, "gpu").attention == "decomposed"
-    taken_to_a_laptop = dataclasses.replace(MODEL, attention="splash")
-    assert settle(taken_to_a_laptop, "cpu").attention == "decomposed"
+    for kernel in ("flash", "splash"):
+        taken_to_a_laptop = dataclasses.replace(MODEL, attention=kernel)
+        assert settle(taken_to_a_laptop, "cpu").attention == "decomposed"

@@ -1,0 +1,168 @@
+"""The patterns on TPU by kernels of our own, which also rotate queries and keys.
+
+Splash attention takes any mask, and heads one after the other. Here the streams are known: the clean one is
+block-causal over L, a noised one sees a prefix of it and its own block. So what a tile of queries sees is a range of
+clean tiles and, for noised queries, a band of 128 along the diagonal; nothing is looked up, and fewer tiles are visited
+than in one sequence of all streams. The backward pass is one kernel in place of two: scores are computed once for all
+gradients.
+
+Operands lie as the projections leave them, `[b, S, d]` with the heads side by side. By themselves heads of 64 would
+fill half of every register and twice their size of memory, and arrays of heads first would be copies.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from bd3_jax.models.chunked import RESIDUALS
+from bd3_jax.models.flash_kernels import LANES, Pattern, backward, forward
+
+VMEM = 48 * 2**20
+"""Bytes that a kernel may take of the memory beside the cores, of which v5p has least, 64 MiB."""
+
+Rows = Float[Array, "b S d"]
+Rotary = tuple[Float[Array, "L k/2"], Float[Array, "L k/2"]]
+
+
+def supports(length: int, heads: int, head_dim: int, block_size: int, copies: int) -> bool:
+    """Whether registers are full, a band of noised queries has whole blocks, and the rows of 128 columns fit.
+
+    On a mesh it is asked for the heads that each device has.
+    """
+    width = heads // _split(heads) * head_dim
+    full = length % LANES == 0 and width % LANES == 0 and LANES % head_dim == 0
+    # Of the backward kernel: bfloat16 queries, results and their gradients, twice, to load the next while computing;
+    # rotated queries, and their gradient in float32 and as it leaves; the rotation's tables.
+    needed = (copies + 1) * length * LANES * (3 * 2 * 2 + 2 + 4 + 2 * 2) + 2 * 2 * length * LANES * 4
+    return full and (copies == 0 or LANES % block_size == 0) and needed < 0.9 * VMEM
+
+
+def _split(heads: int) -> int:
+    """Over how many devices. A dimension whose size they do not divide stays whole, as in `sharding.RULES`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["tensor"] if not mesh.empty and heads % mesh.shape["tensor"] == 0 else 1
+
+
+def attend_streams(
+    q: Float[Array, "b s L d"],
+    k: Float[Array, "b n L d"],
+    v: Float[Array, "b n L d"],
+    rotary: Rotary,
+    pattern: Pattern,
+) -> Float[Array, "b s L d"]:
+    """`attend` of streams: noised ones, then the clean one, which q may lack.
+
+    On a mesh (`jax.sharding.use_abstract_mesh`) each device computes its own rows and heads.
+    """
+    joined = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (q, k, v))
+    run: Callable[..., Rows] = lambda q, k, v, rotary: attend(q, k, v, rotary, pattern)
+    if not jax.sharding.get_abstract_mesh().empty:
+        split = _split(q.shape[-1] // pattern.head_dim) > 1
+        rows = PartitionSpec(("data", "fsdp"), None, "tensor" if split else None)
+        run = jax.shard_map(run, in_specs=(rows, rows, rows, PartitionSpec()), out_specs=rows, check_vma=False)
+    return run(*joined, rotary).reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q: Rows, k: Rows, v: Rows, rotary: Rotary, pattern: Pattern) -> Rows:
+    """Softmax attention of rotated queries and keys.
+
+    Args:
+      q: the streams one after the other, S = s L: all of them, or the noised ones alone.
+      k: of all streams; not rotated, like q.
+      v: values.
+      rotary: cosines and sines `[L, head_dim / 2]`.
+      pattern: see above.
+    """
+    return _forward(q, k, v, rotary, pattern)[0]
+
+
+def _tables(rotary: Rotary, heads: int) -> tuple[Float[Array, "L 128"], Float[Array, "L 128"]]:
+    """Cosines and signed sines of every column: x rotated is x cos + partner(x) sin, see `flash_kernels`."""
+    cos, sin = rotary
+    cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return jnp.tile(cos, heads), jnp.tile(sin, heads)
+
+
+def _call(
+    kernel: Any, grid: tuple[int, ...], ins: list[Any], outs: list[Any], scratch: list[Any], pattern: Pattern
+) -> Any:
+    """`ins`: (array, block spec); `outs`: (shape, dtype, block spec)."""
+    return pl.pallas_call(
+        functools.partial(kernel, pattern=pattern),
+        grid=grid,
+        in_specs=[spec for _, spec in ins],
+        out_specs=[spec for *_, spec in outs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs],
+        scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        interpret=pattern.interpret,
+        name=f"flash_{kernel.__name__}",
+    )(*(array for array, _ in ins))
+
+
+def _specs(rows: int, pattern: Pattern) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """Blocks of 128 columns: a tile of rows, and all of them; and a table of the rotation."""
+    one = pl.BlockSpec((1, pattern.tile, LANES), lambda b, h, i: (b, i, h))
+    every = pl.BlockSpec((1, rows, LANES), lambda b, h, i: (b, 0, h))
+    return one, every, pl.BlockSpec((pattern.length, LANES), lambda b, h, i: (0, 0))
+
+
+def _forward(
+    q: Rows, k: Rows, v: Rows, rotary: Rotary, pattern: Pattern
+) -> tuple[Rows, tuple[Rows, Rows, Rows, Rotary, Rows, Array]]:
+    batch, queries, width = q.shape
+    groups, tiles, heads, tile = width // LANES, queries // pattern.tile, pattern.heads, pattern.tile
+    one, every, table = _specs(k.shape[1], pattern)
+    log_sum = ((batch, groups, tiles, heads, tile), jnp.float32)
+    f32 = jnp.float32
+    out, log_sum = _call(
+        forward,
+        (batch, groups, tiles),
+        [(q, one), (k, every), (v, every), *((x, table) for x in _tables(rotary, heads))],
+        [(q.shape, q.dtype, one), (*log_sum, pl.BlockSpec((1, 1, 1, heads, tile), lambda b, h, i: (b, h, i, 0, 0)))],
+        [
+            ((k.shape[1], LANES), k.dtype), ((k.shape[1] // tile, LANES, tile), v.dtype),
+            ((heads, 1, tile), f32), ((heads, 1, tile), f32), ((LANES, tile), f32),
+        ],
+        pattern,
+    )  # fmt: skip
+    out, log_sum = checkpoint_name(out, RESIDUALS), checkpoint_name(log_sum, RESIDUALS)
+    return out, (q, k, v, rotary, out, log_sum)
+
+
+def _backward(pattern: Pattern, residuals: Any, dout: Rows) -> tuple[Rows, Rows, Rows, None]:
+    q, k, v, rotary, out, log_sum = residuals
+    batch, queries, width = q.shape
+    groups, tiles, heads, tile = width // LANES, queries // pattern.tile, pattern.heads, pattern.tile
+    one, every, table = _specs(queries, pattern)
+    f32 = jnp.float32
+    dq, dk, dv = _call(
+        backward,
+        (batch, groups, k.shape[1] // tile),
+        [
+            (q, every), (k, one), (v, one), *((x, table) for x in _tables(rotary, heads)),
+            (out, every), (dout, every),
+            (log_sum, pl.BlockSpec((1, 1, tiles, heads, tile), lambda b, h, i: (b, h, 0, 0, 0))),
+        ],
+        [(q.shape, q.dtype, every), (k.shape, k.dtype, one), (v.shape, v.dtype, one)],
+        [
+            ((queries, LANES), q.dtype), ((tiles, heads, tile), f32), ((LANES, tile), k.dtype),
+            ((tiles, LANES, tile), f32), ((tile, LANES), f32), ((tile, LANES), f32),
+        ],
+        pattern,
+    )  # fmt: skip
+    return dq, dk, dv, None
+
+
+attend.defvjp(_forward, _backward)
