@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from bd3_jax.config import Config, NoiseConfig
 from bd3_jax.diffusion import likelihood, objectives, orders, output_loss
 from bd3_jax.diffusion.output_loss import Chunks, Output
-from bd3_jax.models.transformer import Network, Params
+from bd3_jax.models.network import Network, Params
 from bd3_jax.special_ids import SpecialIds
 
 

@@ -18,7 +18,7 @@ from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, batches, sequence_losses
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 from bd3_jax.sampling.drawing import Drawn, draw
 from bd3_jax.sampling.infilling import resolve
 from bd3_jax.sampling.run import Sample, batch_size

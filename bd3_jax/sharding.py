@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32
 
 from bd3_jax.config import MeshConfig
 from bd3_jax.errors import UserError
-from bd3_jax.models.transformer import BATCH_AXES, Network, Params
+from bd3_jax.models.network import BATCH_AXES, Network, Params
 
 # Logical axis of an array -> mesh axes that split it. A dimension whose size they do not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -101,7 +101,7 @@ def param_shardings(mesh: Mesh, network: Network) -> Params:
 
 
 def by_rows(rows: NamedSharding | None) -> contextlib.AbstractContextManager[Any]:
-    """While a function of rows is traced: activations stay split as they are, see `models.transformer`."""
+    """While a function of rows is traced: activations stay split as they are, see `models.network`."""
     return contextlib.nullcontext() if rows is None else jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh)
 
 

@@ -34,7 +34,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 cond_dim=128,  # width of the time embedding that feeds adaLN (unused by ar)
                 dropout=0.1,  # on both residual branches
                 dtype="auto",  # of activations: float32, bfloat16, or auto (bfloat16 except on CPU)
-                attention="auto",  # dense (plain masked softmax), decomposed (never [2L, 2L]), splash or flash (TPU) or auto
+                attention="auto",  # dense (plain masked softmax), decomposed (never [2L, 2L]); on TPU flash, splash
                 attention_chunk=0,  # queries per chunk; 0: 64 on CPU, 256 elsewhere, tiles of 512 for kernels
                 scan_unroll=0,  # layers unrolled per iteration of the scan over layers; 0: all on CPU, 1 elsewhere
                 remat="none",  # of a layer, the backward pass computes again: none, block (all but products), full

@@ -37,7 +37,7 @@ from bd3_jax.diffusion.likelihood import masked_share
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, param_shardings

@@ -31,7 +31,7 @@ from bd3_jax.command_line import exit_status
 from bd3_jax.config import Config
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.evaluation.perplexity import open_run
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 
 COPIES = (1, 2, 4)
 

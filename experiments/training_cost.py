@@ -28,7 +28,7 @@ from bd3_jax.config import Config
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models import attention
 from bd3_jax.models.layer import normalise
-from bd3_jax.models.transformer import Network, Params, rotary_angles
+from bd3_jax.models.network import Network, Params, rotary_angles
 
 ONE, TWO, PLAIN = "two streams in one pass", "two passes", "plain pass (MDLM)"
 

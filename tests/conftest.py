@@ -18,7 +18,7 @@ from bd3_jax.config import Config, ModelConfig, NoiseConfig, from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.data.prepare import prepare
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Network
+from bd3_jax.models.network import Network
 from bd3_jax.special_ids import SpecialIds
 
 GOLDEN = Path(__file__).parent / "golden"

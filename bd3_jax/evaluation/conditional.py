@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bd3_jax.config import EvalConfig
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 
 SHORTEST = 32
 """Tokens: a length of so many or fewer is not halved once more."""

@@ -20,7 +20,7 @@ from bd3_jax.diffusion import likelihood
 from bd3_jax.diffusion.schedules import EPS
 from bd3_jax.evaluation.perplexity import Batch
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 
 Interval = tuple[float, float]
 

@@ -26,7 +26,7 @@ from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.metrics import FILE_NAME as METRICS
 from bd3_jax.metrics import append_metrics
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, param_shardings, place
 
 Batch = tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]  # rows, and which are no mere padding

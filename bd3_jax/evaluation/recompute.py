@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from bd3_jax.diffusion import likelihood, objectives
 from bd3_jax.diffusion.schedules import get_schedule
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 from bd3_jax.sampling import analytic
 from bd3_jax.sampling.nucleus import nucleus
 

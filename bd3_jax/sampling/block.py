@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bd3_jax.models.transformer import AnyParams
+from bd3_jax.models.network import AnyParams
 from bd3_jax.sampling import categorical
 from bd3_jax.sampling.contexts import Context, Memory
 from bd3_jax.sampling.updates import Call, Denoiser, Filling, Update

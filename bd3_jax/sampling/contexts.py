@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bd3_jax.models.kv_cache import KVCache
-from bd3_jax.models.transformer import AnyParams, Network, Params
+from bd3_jax.models.network import AnyParams, Network, Params
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from bd3_jax.errors import UserError
 from bd3_jax.models.kv_cache import BATCH, KVCache
-from bd3_jax.models.transformer import AnyParams, Params
+from bd3_jax.models.network import AnyParams, Params
 from bd3_jax.sampling.block import Filled, Layout
 from bd3_jax.sampling.contexts import Memory
 from bd3_jax.sampling.sampler import Sampler, sequence_keys

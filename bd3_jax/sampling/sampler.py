@@ -14,7 +14,7 @@ from bd3_jax.config import SamplingConfig
 from bd3_jax.diffusion import objectives
 from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import AnyParams, Params
+from bd3_jax.models.network import AnyParams, Params
 from bd3_jax.sampling import analytic
 from bd3_jax.sampling.block import Filled, Layout, fill_blocks
 from bd3_jax.sampling.confidence import EntropyBounded, MostConfident, Remasking, Threshold

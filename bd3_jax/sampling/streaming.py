@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bd3_jax.data.tokenizers import UNFINISHED, Tokenizer
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 from bd3_jax.sampling.drawing import Drawn, Slots
 from bd3_jax.sampling.sampler import Sampler
 

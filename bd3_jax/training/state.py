@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import Config, OptimizerConfig
-from bd3_jax.models.transformer import Network, Params
+from bd3_jax.models.network import Network, Params
 from bd3_jax.sharding import param_shardings
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bd3_jax import sharding
 from bd3_jax.config import Config
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.models.transformer import Params
+from bd3_jax.models.network import Params
 from bd3_jax.training.state import (
     TrainState,
     init_state,

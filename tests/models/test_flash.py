@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3_jax.models import attention, flash, transformer
+from bd3_jax.models import attention, flash
 from bd3_jax.models.flash_kernels import Pattern
 from bd3_jax.models.layer import rotate
-from bd3_jax.models.transformer import rotary_angles
+from bd3_jax.models.network import rotary_angles
 
 
 def plain(q, k, v, pattern):
@@ -91,7 +91,7 @@ def test_where_it_is_used(length, heads, head_dim, block_size, copies, holds):
 @pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 8), ("ar", 0), ("sedd", 0)])
 def test_a_network_with_it(toy_lm, random_params, monkeypatch, objective, block_size):
     """Hidden states and gradients, beside the decomposed form; SEDD has an adaLN of its own for every row."""
-    monkeypatch.setattr(transformer, "Pattern", functools.partial(Pattern, interpret=True))
+    monkeypatch.setattr("bd3_jax.models.network.Pattern", functools.partial(Pattern, interpret=True))
     model = toy_lm(objective, block_size, length=128, width=128, num_heads=2, dropout=0.0)
     params, rng = random_params(model, scale=0.1), np.random.default_rng(0)
     tokens, clean = rng.integers(0, 11, (2, 2, 128))
@@ -114,7 +114,7 @@ ON_TWO_DEVICES = """
 import jax, numpy as np
 from bd3_jax.models import flash
 from bd3_jax.models.flash_kernels import Pattern
-from bd3_jax.models.transformer import rotary_angles
+from bd3_jax.models.network import rotary_angles
 
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(SHAPE), ("data", "fsdp", "tensor"))
 pattern, rotary = Pattern(128, 16, 1, 64, 128, interpret=True), rotary_angles(np.arange(128), 64)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from bd3_jax.config import ModelConfig
 from bd3_jax.models import transformer
-from bd3_jax.models.transformer import Network
+from bd3_jax.models.network import Network
 
 RNG = np.random.default_rng(0)
 
@@ -120,7 +120,7 @@ def test_dropout(toy_lm, random_params):
 @pytest.mark.parametrize("silent", ["attention_out", "mlp_out"])
 def test_dropout_of_each_branch(toy_lm, random_params, monkeypatch, silent):
     """One layer, one branch silent, no final norm: x + branch, whose entries are 0 or scaled by 1 / (1 - rate)."""
-    monkeypatch.setattr(transformer, "_finish", lambda x, scale, shift: x)
+    monkeypatch.setattr("bd3_jax.models.network._finish", lambda x, scale, shift: x)
     lm = toy_lm("ar", num_layers=1, dropout=0.25, width=64, length=64, attention_chunk=64)
     params, x = random_params(lm), tokens(lm, 1)
     params["blocks"][silent] = jax.tree.map(np.zeros_like, params["blocks"][silent])
@@ -133,7 +133,7 @@ def test_dropout_of_each_branch(toy_lm, random_params, monkeypatch, silent):
 
 def test_layers_drop_independently(toy_lm, random_params, monkeypatch):
     """Layer n adds 3^n wherever it is not dropped, so that a sum tells which layers were."""
-    monkeypatch.setattr(transformer, "_finish", lambda x, scale, shift: x)
+    monkeypatch.setattr("bd3_jax.models.network._finish", lambda x, scale, shift: x)
     lm = toy_lm("ar", num_layers=3, dropout=0.5, width=64, length=64, attention_chunk=64)
     params, x = random_params(lm), tokens(lm, 1)
     params["blocks"]["attention_out"][:] = 0
