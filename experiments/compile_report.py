@@ -9,12 +9,11 @@
 TPUs take the extra `tpu`, H100s the extra `cuda`. Each cell is compiled in a process of its own, some minutes each, and
 is kept in OUT/results.json, so that an interrupted report goes on (one that failed is not tried again: remove it
 there); OUT/table.md shows all. Figures are per chip and step. Nothing was run: the compiler's figures, FLOPs of the
-matrix products counted in the program, and times that follow from published peaks are estimates. Exit status 1 where a
-recipe does not fit its machine.
+matrix products counted in the program, and times that follow from published peaks are estimates; so are cycles, which
+the TPU compiler has of its fusions and not of kernels. Exit status 1 where a recipe does not fit its machine.
 
---unroll compiles with all layers unrolled, so that the compiler's time counts every layer (slow to compile);
---baseline does so for the yardstick: dense [2L, 2L] attention and whole logits. Further --config.GROUP.NAME=VALUE hold
-for every cell.
+--baseline compiles the yardstick: dense [2L, 2L] attention and whole logits. Further --config.GROUP.NAME=VALUE hold for
+every cell.
 """
 
 import argparse
@@ -71,8 +70,6 @@ def cells(options: argparse.Namespace, flags: list[str]) -> list[Cell]:
     if options.baseline:
         found = [with_flag(cell, "model.attention", "dense") for cell in found]
         found = [with_flag(cell, "model.max_logits", 2**31 - 1) for cell in found]
-    if options.unroll or options.baseline:
-        found = [with_flag(cell, "model.scan_unroll", cell.settings().model.num_layers) for cell in found]
     return found
 
 
@@ -102,7 +99,7 @@ def fits(figures: dict[str, Any]) -> bool:
 def table(recorded: list[dict[str, Any]]) -> str:
     """Markdown, a row a cell."""
     heads = ["config", "machine", "rows a chip", "flags", "fits", "memory", "temporaries", "TFLOP", "GB of HBM"]
-    heads += ["compiler's estimate ms", "sent", "roofline ms", "links' share", "tokens/s a chip at most", "compile s"]
+    heads += ["M cycles", "sent", "roofline ms", "links' share", "tokens/s a chip at most", "compile s"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for cell in recorded:
         asked, figures, batch = cell["settings"], cell["figures"], cell["config"]["training"]["batch_size"]
@@ -114,10 +111,13 @@ def table(recorded: list[dict[str, Any]]) -> str:
         report = Report.from_record(figures["report"])
         times = report.roofline(targets.parse(report.topology).chip)
         bound = max((seconds for seconds in times.values() if not math.isnan(seconds)), default=math.nan)
-        moved, estimate = report.moved_bytes, report.compiler_seconds
+        moved = report.moved_bytes
         cells += ["yes" if report.fits else "NO", "-" if report.needed is None else amount(report.needed)]
         cells += [amount(report.memory["temporaries"]) if report.fits else "-", f"{report.program_flops / 1e12:.2f}"]
-        cells += ["-" if moved is None else f"{moved / 1e9:.1f}", "-" if estimate is None else f"{1e3 * estimate:.1f}"]
+        cells += [
+            "-" if moved is None else f"{moved / 1e9:.1f}",
+            f"{report.cycles / 1e6:.1f}" if report.cycles else "-",
+        ]
         cells += [amount(report.traffic), f"{1e3 * bound:.1f}", f"{times['links'] / bound:.0%}"]
         cells += [f"{rows * cell['config']['model']['length'] / bound:,.0f}", f"{report.compile_seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -131,7 +131,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--configs", type=lambda text: text.split(";"), help="FILE:STRING, ';' between them")
     parser.add_argument("--topology", help="in place of the one that each config names")
     parser.add_argument("--chips", type=lambda text: text.split(","), default=[], help=f"of {', '.join(MACHINES)}")
-    parser.add_argument("--unroll", action="store_true")
     parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile")
     options, flags = parser.parse_known_args(argv)
