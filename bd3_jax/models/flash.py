@@ -6,7 +6,7 @@ clean tiles and, for noised queries, a band of 128 along the diagonal; nothing i
 than in one sequence of all streams. The backward pass is one kernel in place of two: scores are computed once for all
 gradients.
 
-Operands lie as the projections leave them, `[b, S, d]` with the heads side by side. By themselves heads of 64 would
+Operands lie as the projections leave them, `[b, s, L, d]` with the heads side by side. By themselves heads of 64 would
 fill half of every register and twice their size of memory, and arrays of heads first would be copies.
 """
 
@@ -28,7 +28,7 @@ from bd3_jax.models.flash_kernels import LANES, Pattern, backward, forward
 VMEM = 48 * 2**20
 """Bytes that a kernel may take of the memory beside the cores, of which v5p has least, 64 MiB."""
 
-Rows = Float[Array, "b S d"]
+Streams = Float[Array, "b s L d"]
 Rotary = tuple[Float[Array, "L k/2"], Float[Array, "L k/2"]]
 
 
@@ -51,37 +51,28 @@ def _split(heads: int) -> int:
     return mesh.shape["tensor"] if not mesh.empty and heads % mesh.shape["tensor"] == 0 else 1
 
 
-def attend_streams(
-    q: Float[Array, "b s L d"],
-    k: Float[Array, "b n L d"],
-    v: Float[Array, "b n L d"],
-    rotary: Rotary,
-    pattern: Pattern,
-) -> Float[Array, "b s L d"]:
-    """`attend` of streams: noised ones, then the clean one, which q may lack.
+def attend(q: Streams, k: Streams, v: Streams, rotary: Rotary, pattern: Pattern) -> Streams:
+    """Softmax attention of rotated queries and keys.
 
     On a mesh (`jax.sharding.use_abstract_mesh`) each device computes its own rows and heads.
+
+    Args:
+      q: all streams, noised ones before the clean one, or the noised ones alone; not rotated.
+      k: of all streams; not rotated.
+      v: values.
+      rotary: cosines and sines of every position of a stream.
+      pattern: which keys are visible, and how heads lie.
     """
-    joined = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (q, k, v))
-    run: Callable[..., Rows] = lambda q, k, v, rotary: attend(q, k, v, rotary, pattern)
+    run: Callable[..., Streams] = lambda q, k, v, rotary: _attend(q, k, v, rotary, pattern)
     if not jax.sharding.get_abstract_mesh().empty:
         split = _split(q.shape[-1] // pattern.head_dim) > 1
-        rows = PartitionSpec(("data", "fsdp"), None, "tensor" if split else None)
-        run = jax.shard_map(run, in_specs=(rows, rows, rows, PartitionSpec()), out_specs=rows, check_vma=False)
-    return run(*joined, rotary).reshape(q.shape)
+        own = PartitionSpec(("data", "fsdp"), None, None, "tensor" if split else None)
+        run = jax.shard_map(run, in_specs=(own, own, own, PartitionSpec()), out_specs=own, check_vma=False)
+    return run(q, k, v, rotary)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(q: Rows, k: Rows, v: Rows, rotary: Rotary, pattern: Pattern) -> Rows:
-    """Softmax attention of rotated queries and keys.
-
-    Args:
-      q: the streams one after the other, S = s L: all of them, or the noised ones alone.
-      k: of all streams; not rotated, like q.
-      v: values.
-      rotary: cosines and sines `[L, head_dim / 2]`.
-      pattern: see above.
-    """
+def _attend(q: Streams, k: Streams, v: Streams, rotary: Rotary, pattern: Pattern) -> Streams:
     return _forward(q, k, v, rotary, pattern)[0]
 
 
@@ -111,28 +102,29 @@ def _call(
     )(*(array for array, _ in ins))
 
 
-def _specs(rows: int, pattern: Pattern) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Blocks of 128 columns: a tile of rows, and all of them; and a table of the rotation."""
-    one = pl.BlockSpec((1, pattern.tile, LANES), lambda b, h, i: (b, i, h))
-    every = pl.BlockSpec((1, rows, LANES), lambda b, h, i: (b, 0, h))
+def _specs(streams: int, pattern: Pattern) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """Blocks of 128 columns: a tile of a stream, and all streams; and a table of the rotation."""
+    tiles = pattern.tiles
+    one = pl.BlockSpec((1, 1, pattern.tile, LANES), lambda b, h, i: (b, i // tiles, i % tiles, h))
+    every = pl.BlockSpec((1, streams, pattern.length, LANES), lambda b, h, i: (b, 0, 0, h))
     return one, every, pl.BlockSpec((pattern.length, LANES), lambda b, h, i: (0, 0))
 
 
 def _forward(
-    q: Rows, k: Rows, v: Rows, rotary: Rotary, pattern: Pattern
-) -> tuple[Rows, tuple[Rows, Rows, Rows, Rotary, Rows, Array]]:
-    batch, queries, width = q.shape
-    groups, tiles, heads, tile = width // LANES, queries // pattern.tile, pattern.heads, pattern.tile
+    q: Streams, k: Streams, v: Streams, rotary: Rotary, pattern: Pattern
+) -> tuple[Streams, tuple[Streams, Streams, Streams, Rotary, Streams, Array]]:
+    heads, tile, f32 = pattern.heads, pattern.tile, jnp.float32
+    batch, groups = q.shape[0], q.shape[-1] // LANES
+    tiles, of_keys = q.shape[1] * pattern.tiles, k.shape[1] * pattern.tiles
     one, every, table = _specs(k.shape[1], pattern)
-    log_sum = ((batch, groups, tiles, heads, tile), jnp.float32)
-    f32 = jnp.float32
+    log_sum = ((batch, groups, tiles, heads, tile), f32)
     out, log_sum = _call(
         forward,
         (batch, groups, tiles),
         [(q, one), (k, every), (v, every), *((x, table) for x in _tables(rotary, heads))],
         [(q.shape, q.dtype, one), (*log_sum, pl.BlockSpec((1, 1, 1, heads, tile), lambda b, h, i: (b, h, i, 0, 0)))],
         [
-            ((k.shape[1], LANES), k.dtype), ((k.shape[1] // tile, LANES, tile), v.dtype),
+            ((of_keys * tile, LANES), k.dtype), ((of_keys, LANES, tile), v.dtype),
             ((heads, 1, tile), f32), ((heads, 1, tile), f32), ((LANES, tile), f32),
         ],
         pattern,
@@ -141,15 +133,15 @@ def _forward(
     return out, (q, k, v, rotary, out, log_sum)
 
 
-def _backward(pattern: Pattern, residuals: Any, dout: Rows) -> tuple[Rows, Rows, Rows, None]:
+def _backward(pattern: Pattern, residuals: Any, dout: Streams) -> tuple[Streams, Streams, Streams, None]:
     q, k, v, rotary, out, log_sum = residuals
-    batch, queries, width = q.shape
-    groups, tiles, heads, tile = width // LANES, queries // pattern.tile, pattern.heads, pattern.tile
-    one, every, table = _specs(queries, pattern)
-    f32 = jnp.float32
+    heads, tile, f32 = pattern.heads, pattern.tile, jnp.float32
+    batch, groups = q.shape[0], q.shape[-1] // LANES
+    tiles, of_keys = q.shape[1] * pattern.tiles, k.shape[1] * pattern.tiles
+    one, every, table = _specs(q.shape[1], pattern)
     dq, dk, dv = _call(
         backward,
-        (batch, groups, k.shape[1] // tile),
+        (batch, groups, of_keys),
         [
             (q, every), (k, one), (v, one), *((x, table) for x in _tables(rotary, heads)),
             (out, every), (dout, every),
@@ -157,7 +149,7 @@ def _backward(pattern: Pattern, residuals: Any, dout: Rows) -> tuple[Rows, Rows,
         ],
         [(q.shape, q.dtype, every), (k.shape, k.dtype, one), (v.shape, v.dtype, one)],
         [
-            ((queries, LANES), q.dtype), ((tiles, heads, tile), f32), ((LANES, tile), k.dtype),
+            ((tiles * tile, LANES), q.dtype), ((tiles, heads, tile), f32), ((LANES, tile), k.dtype),
             ((tiles, LANES, tile), f32), ((tile, LANES), f32), ((tile, LANES), f32),
         ],
         pattern,
@@ -165,4 +157,4 @@ def _backward(pattern: Pattern, residuals: Any, dout: Rows) -> tuple[Rows, Rows,
     return dq, dk, dv, None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

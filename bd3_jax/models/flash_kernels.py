@@ -120,14 +120,16 @@ def forward(
 
     @pl.when(index == 0)
     def _() -> None:
-        @pl.loop(0, k_ref.shape[1] // tile)
+        @pl.loop(0, k_ref.shape[1] * pattern.tiles)
         def _(t: Array) -> None:
-            rows, own = pl.ds(t * tile, tile), pl.ds(pattern.of(t)[1], tile)
-            k_rotated[rows] = _rotate(k_ref[0, rows], cos_ref[own], sin_ref[own], dim).astype(k_ref.dtype)
-            v_turned[t] = v_ref[0, rows].T
+            stream, at = pattern.of(t)
+            own = pl.ds(at, tile)
+            rotated = _rotate(k_ref[0, stream, own], cos_ref[own], sin_ref[own], dim)
+            k_rotated[pl.ds(t * tile, tile)] = rotated.astype(k_ref.dtype)
+            v_turned[t] = v_ref[0, stream, own].T
 
     own = pl.ds(at, tile)
-    queries = _rotate(q_ref[0], cos_ref[own], sin_ref[own], dim) * (LOG2_E * dim**-0.5)
+    queries = _rotate(q_ref[0, 0], cos_ref[own], sin_ref[own], dim) * (LOG2_E * dim**-0.5)
     by_head = [_only(queries, head, pattern).astype(q_ref.dtype) for head in range(pattern.heads)]
     top[...] = jnp.full_like(top, HIDDEN)
     total[...] = jnp.zeros_like(total)
@@ -170,7 +172,7 @@ def forward(
         rows = slice(head * dim, (head + 1) * dim)
         sums[rows] = sums[rows] / total[head]
         log_sum_ref[0, 0, 0, head] = (top[head] + jnp.log2(total[head]))[0]
-    out_ref[0] = sums[...].T.astype(out_ref.dtype)
+    out_ref[0, 0] = sums[...].T.astype(out_ref.dtype)
 
 
 def backward(
@@ -180,31 +182,32 @@ def backward(
 ) -> None:  # fmt: skip
     """A tile of keys under all queries that see it; the gradient of the queries grows from tile to tile."""
     index, tile, dim = pl.program_id(2), pattern.tile, pattern.head_dim
-    scale, tiles = dim**-0.5, q_ref.shape[1] // pattern.tile
+    scale, tiles = dim**-0.5, q_ref.shape[1] * pattern.tiles
     stream, at = pattern.of(index)
 
     @pl.when(index == 0)
     def _() -> None:
         @pl.loop(0, tiles)
         def _(t: Array) -> None:
-            rows, own = pl.ds(t * tile, tile), pl.ds(pattern.of(t)[1], tile)
-            queries = _rotate(q_ref[0, rows], cos_ref[own], sin_ref[own], dim) * (LOG2_E * scale)
-            q_rotated[rows] = queries.astype(q_ref.dtype)
-            both = out_ref[0, rows].astype(jnp.float32) * dout_ref[0, rows].astype(jnp.float32)
+            stream, at = pattern.of(t)
+            own = pl.ds(at, tile)
+            queries = _rotate(q_ref[0, stream, own], cos_ref[own], sin_ref[own], dim) * (LOG2_E * scale)
+            q_rotated[pl.ds(t * tile, tile)] = queries.astype(q_ref.dtype)
+            both = out_ref[0, stream, own].astype(jnp.float32) * dout_ref[0, stream, own].astype(jnp.float32)
             of_head = jnp.concatenate([_only(jnp.ones((1, LANES)), head, pattern) for head in range(pattern.heads)])
             mean[t] = _product(of_head, both, (1, 1))
             dq_turned[t] = jnp.zeros_like(dq_turned[t])
 
     own = pl.ds(at, tile)
-    keys = _rotate(k_ref[0], cos_ref[own], sin_ref[own], dim).astype(k_ref.dtype)
-    values = v_ref[0]
+    keys = _rotate(k_ref[0, 0], cos_ref[own], sin_ref[own], dim).astype(k_ref.dtype)
+    values = v_ref[0, 0]
     k_turned[...] = keys.T  # in memory: of a value, only parts of which are used in a branch, the compiler complains
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
 
     def visit(t: Array, mask: Array | None, place: slice, size: int) -> None:
-        rows = pl.ds(t * tile + (place.start or 0), size)
-        queries, grads = q_rotated[rows], dout_ref[0, rows]
+        (stream, at), start = pattern.of(t), place.start or 0
+        queries, grads = q_rotated[pl.ds(t * tile + start, size)], dout_ref[0, stream, pl.ds(at + start, size)]
         for head in range(pattern.heads):
             own_queries, own_grads = _only(queries, head, pattern), _only(grads, head, pattern)
             of_head = slice(head * dim, (head + 1) * dim)
@@ -240,13 +243,14 @@ def backward(
             def _(t: Array, reading: int = reading) -> None:
                 visit(reading * pattern.tiles + t, None, slice(None), tile)
 
-    dk_ref[0] = _rotate_back(dk[...] / LOG2_E, cos_ref[own], sin_ref[own], dim).astype(dk_ref.dtype)
-    dv_ref[0] = dv[...].astype(dv_ref.dtype)
+    dk_ref[0, 0] = _rotate_back(dk[...] / LOG2_E, cos_ref[own], sin_ref[own], dim).astype(dk_ref.dtype)
+    dv_ref[0, 0] = dv[...].astype(dv_ref.dtype)
 
     @pl.when(index == pl.num_programs(2) - 1)
     def _() -> None:
         @pl.loop(0, tiles)
         def _(t: Array) -> None:
-            rows, own = pl.ds(t * tile, tile), pl.ds(pattern.of(t)[1], tile)
+            stream, at = pattern.of(t)
+            own = pl.ds(at, tile)
             grads = _rotate_back(dq_turned[t].T * scale, cos_ref[own], sin_ref[own], dim)
-            dq_ref[0, rows] = grads.astype(dq_ref.dtype)
+            dq_ref[0, stream, own] = grads.astype(dq_ref.dtype)

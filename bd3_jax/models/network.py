@@ -200,7 +200,7 @@ class Network:
         rotary = rotary_angles(jnp.arange(length), head_dim)
         if settled.attention == "flash" and flash.supports(length, self.model.num_heads, head_dim, block_size, copies):
             pattern = Pattern(length, block_size, copies, head_dim, tile_size(length, settled.attention_chunk))
-            return lambda q, k, v: flash.attend_streams(q, k, v, rotary, pattern), None
+            return lambda q, k, v: flash.attend(q, k, v, rotary, pattern), None
         backend = attention.get_backend(settled.attention, settled.attention_chunk, length)
 
         def attend(q: Array, k: Array, v: Array) -> Array:

@@ -48,7 +48,7 @@ def test_values_and_gradients(length, block_size, copies, with_clean, head_dim, 
     queries = copies + with_clean
     q, k, v, cotangent = draw(queries), draw(copies + 1), draw(copies + 1), draw(queries)
     rotary = rotary_angles(jnp.arange(length), head_dim)
-    functions = [lambda *x: flash.attend_streams(*x, rotary, pattern), lambda *x: plain(*x, pattern)]
+    functions = [lambda *x: flash.attend(*x, rotary, pattern), lambda *x: plain(*x, pattern)]
 
     @jax.jit
     def both():
@@ -64,8 +64,8 @@ def test_bfloat16_is_as_exact_as_its_operands():
     pattern = Pattern(128, 16, 1, 64, 128, interpret=True)
     rotary = rotary_angles(jnp.arange(128), 64)
     x = [jax.random.normal(jax.random.key(n), (1, 2, 128, 128)).astype(jnp.bfloat16) for n in range(3)]
-    wide = flash.attend_streams(*(each.astype(jnp.float32) for each in x), rotary, pattern)
-    narrow = flash.attend_streams(*x, rotary, pattern)
+    wide = flash.attend(*(each.astype(jnp.float32) for each in x), rotary, pattern)
+    narrow = flash.attend(*x, rotary, pattern)
     assert narrow.dtype == jnp.bfloat16
     assert jnp.abs(narrow - wide).max() < 0.02 * jnp.abs(wide).max()
 
@@ -119,9 +119,9 @@ from bd3_jax.models.network import rotary_angles
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(SHAPE), ("data", "fsdp", "tensor"))
 pattern, rotary = Pattern(128, 16, 1, 64, 128, interpret=True), rotary_angles(np.arange(128), 64)
 x = [jax.random.normal(jax.random.key(n), (2, 2, 128, 256)) for n in range(3)]
-alone = flash.attend_streams(*x, rotary, pattern)
+alone = flash.attend(*x, rotary, pattern)
 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    run = jax.jit(lambda *x: flash.attend_streams(*x, rotary, pattern))
+    run = jax.jit(lambda *x: flash.attend(*x, rotary, pattern))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, None, "tensor"))
     out = run(*(jax.device_put(each, split) for each in x))
     assert [flash.supports(128, heads, 64, 16, 1) for heads in (2, 4)] == HOLDS
