@@ -104,8 +104,9 @@ def _call(
 
 def _specs(streams: int, pattern: Pattern) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
     """Blocks of 128 columns: a tile of a stream, and all streams; and a table of the rotation."""
-    tiles = pattern.tiles
-    one = pl.BlockSpec((1, 1, pattern.tile, LANES), lambda b, h, i: (b, i // tiles, i % tiles, h))
+    # Not // and %, whose treatment of signs has no lowering for absent devices.
+    tile_of = lambda i: (jax.lax.div(i, pattern.tiles), jax.lax.rem(i, pattern.tiles))
+    one = pl.BlockSpec((1, 1, pattern.tile, LANES), lambda b, h, i: (b, *tile_of(i), h))
     every = pl.BlockSpec((1, streams, pattern.length, LANES), lambda b, h, i: (b, 0, 0, h))
     return one, every, pl.BlockSpec((pattern.length, LANES), lambda b, h, i: (0, 0))
 

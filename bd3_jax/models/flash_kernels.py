@@ -135,11 +135,10 @@ def forward(
     total[...] = jnp.zeros_like(total)
     sums[...] = jnp.zeros_like(sums)
 
-    def visit(keys: Array, values: Array, mask: Array | None, columns: slice) -> None:
+    def visit(keys: Array, values: Array, mask: Array, columns: slice) -> None:
         for head, own_queries in enumerate(by_head):
             rows = slice(head * dim, (head + 1) * dim)
-            scores = _product(keys, own_queries[columns], (1, 1))
-            scores = scores if mask is None else jnp.where(mask, scores, HIDDEN)
+            scores = jnp.where(mask, _product(keys, own_queries[columns], (1, 1)), HIDDEN)
             before = top[head, :, columns]
             now = jnp.maximum(before, scores.max(0, keepdims=True))
             weights, shrink = jnp.exp2(scores - now), jnp.exp2(before - now)
@@ -155,18 +154,12 @@ def forward(
             keys = k_rotated[pl.ds(index * tile + start, LANES)]
             visit(keys, v_turned[index, :, columns], _band(pattern), columns)
 
-    first = pattern.copies * pattern.tiles  # tile of the clean stream
-    to_all = jax.lax.div(pattern.prefix(at, noised), jnp.int32(tile))
-    to_any = jax.lax.div(pattern.prefix(at + tile - 1, noised) + tile - 1, jnp.int32(tile))
-
-    @pl.loop(0, to_all)
+    # One body for all tiles, those that are seen whole included: to mask costs less than to compile two.
+    @pl.loop(0, jax.lax.div(pattern.prefix(at + tile - 1, noised) + tile - 1, jnp.int32(tile)))
     def _(t: Array) -> None:
-        visit(k_rotated[pl.ds((first + t) * tile, tile)], v_turned[first + t], None, slice(None))
-
-    @pl.loop(to_all, to_any)
-    def _(t: Array) -> None:
+        clean = pattern.copies * pattern.tiles + t
         mask = _seen(pattern, t * tile, at, noised)
-        visit(k_rotated[pl.ds((first + t) * tile, tile)], v_turned[first + t], mask, slice(None))
+        visit(k_rotated[pl.ds(clean * tile, tile)], v_turned[clean], mask, slice(None))
 
     for head in range(pattern.heads):
         rows = slice(head * dim, (head + 1) * dim)
@@ -205,14 +198,13 @@ def backward(
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
 
-    def visit(t: Array, mask: Array | None, place: slice, size: int) -> None:
+    def visit(t: Array, mask: Array, place: slice, size: int) -> None:
         (stream, at), start = pattern.of(t), place.start or 0
         queries, grads = q_rotated[pl.ds(t * tile + start, size)], dout_ref[0, stream, pl.ds(at + start, size)]
         for head in range(pattern.heads):
             own_queries, own_grads = _only(queries, head, pattern), _only(grads, head, pattern)
             of_head = slice(head * dim, (head + 1) * dim)
-            scores = _product(keys[place], own_queries, (1, 1))
-            scores = scores if mask is None else jnp.where(mask, scores, HIDDEN)
+            scores = jnp.where(mask, _product(keys[place], own_queries, (1, 1)), HIDDEN)
             weights = jnp.exp2(scores - log_sum_ref[0, 0, t, head : head + 1, place])
             dv[place] += _product(weights.astype(grads.dtype), own_grads, (1, 0))
             dweights = _product(values[place], own_grads, (1, 1))
@@ -227,21 +219,15 @@ def backward(
 
     @pl.when(stream == pattern.copies)
     def _() -> None:
-        for reading in range(tiles // pattern.tiles):
+        @pl.loop(0, q_ref.shape[1])
+        def _(reading: Array) -> None:
             noised = reading < pattern.copies
-            # Queries whose prefix reaches beyond the tile's first and last key, from here on to the stream's end.
-            later = lambda key, noised=noised: (pattern.block(key) + (1 if noised else 0)) * pattern.block_size
-            any_sees = jax.lax.div(later(at), jnp.int32(tile))
-            all_see = jax.lax.div(later(at + tile - 1) + tile - 1, jnp.int32(tile))
+            # From the first query whose prefix reaches beyond the tile's first key to the stream's end.
+            seen_from = (pattern.block(at) + jnp.where(noised, 1, 0)) * pattern.block_size
 
-            @pl.loop(any_sees, jnp.minimum(all_see, pattern.tiles))
-            def _(t: Array, reading: int = reading, noised: bool = noised) -> None:
-                mask = _seen(pattern, at, t * tile, noised)
-                visit(reading * pattern.tiles + t, mask, slice(None), tile)
-
-            @pl.loop(all_see, pattern.tiles)
-            def _(t: Array, reading: int = reading) -> None:
-                visit(reading * pattern.tiles + t, None, slice(None), tile)
+            @pl.loop(jax.lax.div(seen_from, jnp.int32(tile)), pattern.tiles)
+            def _(t: Array) -> None:
+                visit(reading * pattern.tiles + t, _seen(pattern, at, t * tile, noised), slice(None), tile)
 
     dk_ref[0, 0] = _rotate_back(dk[...] / LOG2_E, cos_ref[own], sin_ref[own], dim).astype(dk_ref.dtype)
     dv_ref[0, 0] = dv[...].astype(dv_ref.dtype)
