@@ -84,22 +84,32 @@ def _tables(rotary: Rotary, heads: int) -> tuple[Float[Array, "L 128"], Float[Ar
 
 
 def _call(
-    kernel: Any, grid: tuple[int, ...], ins: list[Any], outs: list[Any], scratch: list[Any], pattern: Pattern
-) -> Any:
-    """`ins`: (array, block spec); `outs`: (shape, dtype, block spec)."""
+    kernel: Any, products: int, grid: tuple[int, ...], ins: list[Any], outs: list[Any], scratch: list[Any],
+    pattern: Pattern,
+) -> Any:  # fmt: skip
+    """`ins`: (array, block spec); `outs`: (shape, dtype, block spec). Each score is in so many `products`."""
+    arrays = [array for array, _ in ins]
+    made = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs]
+    scores = grid[0] * grid[1] * pattern.heads * pattern.scores(arrays[0].shape[1])
+    cost = pl.CostEstimate(
+        flops=2 * products * pattern.head_dim * scores,
+        transcendentals=scores,
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in [*arrays, *made]),
+    )
     return pl.pallas_call(
         functools.partial(kernel, pattern=pattern),
         grid=grid,
         in_specs=[spec for _, spec in ins],
         out_specs=[spec for *_, spec in outs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outs],
+        out_shape=made,
         scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
+        cost_estimate=cost,
         interpret=pattern.interpret,
         name=f"flash_{kernel.__name__}",
-    )(*(array for array, _ in ins))
+    )(*arrays)
 
 
 def _specs(streams: int, pattern: Pattern) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
@@ -120,7 +130,7 @@ def _forward(
     one, every, table = _specs(k.shape[1], pattern)
     log_sum = ((batch, groups, tiles, heads, tile), f32)
     out, log_sum = _call(
-        forward,
+        forward, 2,
         (batch, groups, tiles),
         [(q, one), (k, every), (v, every), *((x, table) for x in _tables(rotary, heads))],
         [(q.shape, q.dtype, one), (*log_sum, pl.BlockSpec((1, 1, 1, heads, tile), lambda b, h, i: (b, h, i, 0, 0)))],
@@ -141,7 +151,7 @@ def _backward(pattern: Pattern, residuals: Any, dout: Streams) -> tuple[Streams,
     tiles, of_keys = q.shape[1] * pattern.tiles, k.shape[1] * pattern.tiles
     one, every, table = _specs(q.shape[1], pattern)
     dq, dk, dv = _call(
-        backward,
+        backward, 5,
         (batch, groups, of_keys),
         [
             (q, every), (k, one), (v, one), *((x, table) for x in _tables(rotary, heads)),

@@ -50,6 +50,16 @@ class Pattern:
         """In a stream."""
         return self.length // self.tile
 
+    def scores(self, streams: int) -> int:
+        """That are computed for the queries of so many streams, of one head."""
+        prefixes = [
+            ((end - 1) // self.block_size + (stream >= self.copies)) * self.block_size
+            for stream in range(streams)
+            for end in range(self.tile, self.length + 1, self.tile)
+        ]
+        band = min(streams, self.copies) * self.length * LANES
+        return sum(-(-prefix // self.tile) * self.tile**2 for prefix in prefixes) + band
+
     def of(self, index: Array) -> tuple[Array, Array]:
         """Stream of the tile with that index, and where in the stream it begins."""
         stream = jax.lax.div(index, jnp.int32(self.tiles))

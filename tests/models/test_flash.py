@@ -70,6 +70,16 @@ def test_bfloat16_is_as_exact_as_its_operands():
     assert jnp.abs(narrow - wide).max() < 0.02 * jnp.abs(wide).max()
 
 
+def test_how_many_scores_it_declares():
+    """By hand, in tiles of 128. B = 4: a band of noised queries, the tiles of clean keys before and with each tile."""
+    assert Pattern(256, 4, 1, 64, 128).scores(1) == (2 + 1 + 2) * 128**2
+    assert Pattern(256, 4, 1, 64, 128).scores(2) == (2 + 1 + 2 + 1 + 2) * 128**2
+    assert Pattern(256, 4, 1, 64, 256).scores(1) == 256 * 128 + 256**2
+    assert Pattern(256, 128, 1, 64, 128).scores(1) == (2 + 0 + 1) * 128**2  # the first block sees nothing clean
+    assert Pattern(256, 256, 0, 64, 128).scores(1) == 256**2
+    assert Pattern(384, 1, 0, 64, 128).scores(1) == (1 + 2 + 3) * 128**2
+
+
 @pytest.mark.parametrize(
     ("length", "heads", "head_dim", "block_size", "copies", "holds"),
     [
