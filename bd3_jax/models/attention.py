@@ -8,7 +8,9 @@
 | BD3-LM in training and likelihood | noised and clean stream | `block_diffusion` |
 | BD3-LM and AR while sampling with a cache | newest blocks over everything cached | `cached` |
 
-Operands are `[b, h, L, head_dim]`: on CPU the products run 2 to 4 times faster in this layout than in
+On TPU flash.py computes those of the network's passes where it can, rotation included, on operands of its own.
+
+Operands here are `[b, h, L, head_dim]`: on CPU the products run 2 to 4 times faster in this layout than in
 `[b, L, h, head_dim]`. Softmax is in float32.
 """
 
