@@ -97,7 +97,7 @@ def _training(loaded: Pretrained) -> dict[str, str]:
     if loaded.config.init_from:
         steps += f", from the weights of `{loaded.config.init_from}`"
     return {
-        "tokenizer": f"{data.tokenizer or 'the usual one of the corpus'} (fingerprint {own})",
+        "tokenizer": f"{data.tokenizer or 'that of the corpus, see tokenizer.json'} (fingerprint {own})",
         "EOS": f"{'after every document' if data.insert_eos else 'not between documents'}; "
         f"{'BOS and EOS around every row' if data.insert_special else 'none around rows'}",
         "training corpus": data.corpus + _licence(loaded.run),

@@ -16,7 +16,7 @@ from bd3_jax.pretrained import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
-MODEL = ROOT / "experiments" / "models" / "bd3lm-quickstart"
+MODEL = ROOT / "experiments" / "models" / "bd3lm-b8"
 NAMES = ("sample", "train", "one_block")
 NUMBER = r"(-?[\d,]+\.?\d*)"
 
