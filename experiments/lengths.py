@@ -44,7 +44,8 @@ def drawn(workdir: epath.Path, count: int, max_length: int) -> dict[str, Any]:
     """Lengths of samples, how they ended, and how many were discarded."""
     model = bd3_jax.load_pretrained(str(workdir))
     limit = model.model.length if model.objective == "sedd" else max_length
-    samples = model.sample(num_samples=count, batch_size=32, max_length=limit, variable_length=True)
+    # SEDD: as many steps as tokens. The others' samplers have one call a token.
+    samples = model.sample(num_samples=count, batch_size=32, max_length=limit, num_steps=limit, variable_length=True)
     return {
         "lengths": np.array([sample.length for sample in samples]),
         "ended_by_eos": sum(sample.stopped == "eos" for sample in samples),
