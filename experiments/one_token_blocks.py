@@ -97,10 +97,8 @@ def table(found: dict[str, dict[int, dict[str, Any]]]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(number) for number in text.split(",")]
-    parser.add_argument("--seeds", type=numbers, default=list(small_models.SEEDS))
-    parser.add_argument("--steps", type=int, default=small_models.STEPS, help="of training, for each model")
-    parser.add_argument("--runs", type=epath.Path, default=small_models.RUNS, help="folder of all models")
+    small_models.add_seeds(parser)
+    small_models.add_flags(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "one_token_blocks")
     own = parser.parse_args(argv)
     runtime.start()

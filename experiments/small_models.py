@@ -5,6 +5,7 @@ first half of its steps, and goes on from there with blocks of its own and a sea
 the paper (whose first part is 85 % of the steps: in so few, the second would be too short). All read as many tokens.
 """
 
+import argparse
 import dataclasses
 import itertools
 
@@ -29,6 +30,18 @@ MODELS = {
     "SEDD": "sedd",
 }
 RUNS = epath.Path("runs/small_models")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """--steps and --runs: which models a script reads."""
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the training of each model")
+    parser.add_argument("--runs", type=epath.Path, default=RUNS, help="folder of all models")
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """--seeds, for scripts that train."""
+    numbers = lambda text: [int(number) for number in text.split(",")]
+    parser.add_argument("--seeds", type=numbers, default=list(SEEDS), help="of the models, commas between them")
 
 
 def settings(string: str, seed: int, steps: int = STEPS) -> Config:

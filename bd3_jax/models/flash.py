@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from bd3_jax.models.chunked import RESIDUALS
-from bd3_jax.models.flash_kernels import LANES, Pattern, backward, forward
+from bd3_jax.models.flash_kernels import Pattern, backward, forward
+from bd3_jax.models.splash import LANES
 
 VMEM = 48 * 2**20
 """Bytes that a kernel may take of the memory beside the cores, of which v5p has least, 64 MiB."""

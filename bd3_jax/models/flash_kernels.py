@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-LANES = 128
+from bd3_jax.models.splash import LANES, divide
+
 HIDDEN = -1e30  # the score of a key that is not visible
 LOG2_E = math.log2(math.e)
 
@@ -67,9 +68,7 @@ class Pattern:
 
     def block(self, position: Array) -> Array:
         """Number of the block that holds a position of a stream."""
-        if self.block_size & (self.block_size - 1) == 0:
-            return position >> (self.block_size.bit_length() - 1)
-        return jax.lax.div(position, jnp.int32(self.block_size))
+        return divide(position, self.block_size)
 
     def prefix(self, position: Array, noised: Array | bool) -> Array:
         """How many clean keys, from the first, a query at that position sees."""

@@ -26,22 +26,22 @@ LANES = 128
 
 def block_causal(block_size: int) -> Visible:
     """Of (queries, keys), positions in one stream: which are visible."""
-    return lambda q, k: _divide(q, block_size) >= _divide(k, block_size)
+    return lambda q, k: divide(q, block_size) >= divide(k, block_size)
 
 
 def block_diffusion(length: int, block_size: int, copies: int = 1) -> Visible:
     """The same in the noised copies and x0; see `attention.block_diffusion_mask`."""
 
     def visible(q: Array, k: Array) -> Array:
-        own = _divide(q, block_size) == _divide(k, block_size)  # streams end where blocks do
+        own = divide(q, block_size) == divide(k, block_size)  # streams end where blocks do
         in_stream = q - sum((q >= n * length) * length for n in range(1, copies + 1))
         clean = k - copies * length  # negative for keys of the noised copies
-        return own | ((clean >= 0) & (_divide(in_stream, block_size) > _divide(clean, block_size)))
+        return own | ((clean >= 0) & (divide(in_stream, block_size) > divide(clean, block_size)))
 
     return visible
 
 
-def _divide(x: Any, by: int) -> Any:
+def divide(x: Any, by: int) -> Any:
     """x // by for x >= 0, anything for others. In the kernel a division costs as much as all else in the mask."""
     if by & (by - 1) == 0:
         return x >> (by.bit_length() - 1)
