@@ -35,6 +35,7 @@ class Recording:
     def __init__(self, folder: Path, on_devices: bool = True):
         """`on_devices`: this process computes on devices, which are then named; else it takes none."""
         self.folder = folder
+        self._commit = _commit()  # now, since a checkout may change while a measurement of its own code runs
         self._path = folder / "results.json"
         self._on_devices = on_devices
         self.cells = self._read()
@@ -56,7 +57,8 @@ class Recording:
         print(f"{self.folder.name}: measuring {json.dumps(settings)}", flush=True)
         began = time.perf_counter()
         figures = measure()
-        made = {"seconds": round(time.perf_counter() - began, 1), **environment(self._on_devices)}
+        seconds = round(time.perf_counter() - began, 1)
+        made = {"seconds": seconds, **environment(self._on_devices), "commit": self._commit}
         self._append({"settings": asked["settings"], "figures": figures, "config": asked["config"], **made})
         return figures
 
@@ -86,14 +88,14 @@ class Recording:
 
 
 def environment(on_devices: bool) -> dict[str, Any]:
-    """The command, the commit, the machine, versions. Devices are named where `on_devices`."""
+    """The command, the machine, versions. Devices are named where `on_devices`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
     if on_devices:
         machine["devices"] = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     command = shlex.join(["python", *sys.argv])
-    return {"command": command, "commit": _commit(), "machine": machine, "versions": versions}
+    return {"command": command, "machine": machine, "versions": versions}
 
 
 def _processor() -> str:

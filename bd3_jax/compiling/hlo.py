@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
@@ -11,7 +12,7 @@ _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-al
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+_FLOW = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) (while|conditional|call)\(")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 _LARGEST = re.compile(r"Size: ([\d.]+[KMG]?)\n(?:\s+Operator: op_name=\"([^\"]*)\"[^\n]*\n)?\s+Shape: (\S+)")
 _USED = re.compile(
@@ -54,34 +55,66 @@ def array_bytes(shape: str) -> list[int]:
     return [_BYTES[kind] * math.prod(int(size) for size in dims.split(",") if size) for kind, dims in found]
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
-    """Collectives of an optimised HLO module for `devices` chips.
-
-    One in a loop counts as often as the loop turns, and once where the compiler does not know how often that is.
-    """
+def collectives(text: str, devices: int, turns: float) -> list[Collective]:
+    """Collectives of an optimised HLO module for `devices` chips; for `turns` see `instructions`."""
     lines, entry = computations(text)
-    totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
+    totals: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0, 0])
 
-    def visit(name: str, times: int) -> None:
-        for line in lines.get(name, []):
-            found = _COLLECTIVE.search(line)
-            if found:
-                kind, group = found[2], _group(line, devices)
-                sizes = array_bytes(found[1])
-                if found[3] and kind != "all-reduce":  # the operands come first, a permutation's flags last
-                    half = sizes[: 2 * (len(sizes) // 2)] if kind != "collective-permute" else sizes[:2]
-                    sizes = half[len(half) // 2 :]
-                total = totals[kind, group]
-                for place, value in enumerate((1, sum(sizes), _traffic(kind, group, sum(sizes)))):
-                    total[place] += times * value
-                continue
-            often = (trips(line, lines) or 1) if " while(" in line else 1
-            for one, several in _CALLED.findall(line):
-                for name in [one] if one else re.findall(r"[\w.-]+", several):
-                    visit(name, times * often)
+    def count(line: str, times: float) -> None:
+        found = _COLLECTIVE.search(line)
+        if found:
+            kind, group = found[2], _group(line, devices)
+            sizes = array_bytes(found[1])
+            if found[3] and kind != "all-reduce":  # the operands come first, a permutation's flags last
+                half = sizes[: 2 * (len(sizes) // 2)] if kind != "collective-permute" else sizes[:2]
+                sizes = half[len(half) // 2 :]
+            total = totals[kind, group]
+            for place, value in enumerate((1, sum(sizes), _traffic(kind, group, sum(sizes)))):
+                total[place] += times * value
+        elif within := re.search(r"calls=%?([\w.-]+)", line):  # a fusion may hold one, as an asynchronous start does
+            for inner in lines.get(within[1], []):
+                count(inner, times)
 
-    visit(entry, 1)
-    return [Collective(*key, *total) for key, total in sorted(totals.items(), key=lambda item: -item[1][2])]
+    for _, line, times in instructions(lines, entry, turns):
+        count(line, times)
+    found = sorted(totals.items(), key=lambda item: -item[1][2])
+    return [Collective(*key, *(round(total) for total in sums)) for key, sums in found]
+
+
+def instructions(
+    lines: dict[str, list[str]],
+    name: str,
+    turns: float,
+    choose: Callable[[list[str]], list[str]] = lambda branches: branches,
+    times: float = 1,
+    inside: bool = False,
+) -> Iterator[tuple[str, str, float]]:
+    """(its computation, its line, how often it runs) of each instruction that a run from computation `name` meets.
+
+    Of a fusion it is the fusion itself. Loops count as often as they turn: those of unknown length `turns` times, and
+    once where they are within another such loop. Of a conditional's branches those that `choose` returns are entered.
+
+    Args:
+      lines: see `computations`.
+      name: of the first computation.
+      turns: see above.
+      choose: from the names of all branches.
+      times: how often `name` itself runs.
+      inside: whether that is within a loop of unknown length.
+    """
+    for line in lines.get(name, []):
+        flow = _FLOW.match(line)
+        if flow is None:
+            yield name, line, times
+        elif flow[1] == "while":
+            known = trips(line, lines)
+            often = known if known is not None else 1 if inside else turns
+            within = inside or known is None
+            yield from instructions(lines, called(line, "body"), turns, choose, times * often, within)
+        else:
+            entered = choose(branches(line)) if flow[1] == "conditional" else [called(line, "to_apply")]
+            for each in entered:
+                yield from instructions(lines, each, turns, choose, times, inside)
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -145,20 +178,13 @@ def _traffic(kind: str, group: int, size: int) -> int:
     return round(size * share.get(kind, (group - 1) / group))
 
 
-def estimated_cycles(text: str) -> int:
-    """Sum of the cycles that the TPU compiler expects of its fusions, loops included; kernels have none."""
+def estimated_cycles(text: str, turns: float) -> int:
+    """Cycles that the TPU compiler expects of its fusions, kernels not among them; for `turns` see `instructions`."""
     lines, entry = computations(text)
-
-    def cycles(name: str) -> int:
-        total = 0
-        for line in lines.get(name, []):
-            own = re.search(r'"estimated_cycles":"(\d+)"', line)
-            total += int(own[1]) if own else 0
-            if " while(" in line:
-                total += (trips(line, lines) or 1) * cycles(called(line, "body"))
-        return total
-
-    return cycles(entry)
+    found = (
+        (re.search(r'"estimated_cycles":"(\d+)"', line), times) for _, line, times in instructions(lines, entry, turns)
+    )
+    return round(sum(int(own[1]) * times for own, times in found if own))
 
 
 def largest_buffers(message: str, count: int = 5) -> list[Buffer]:

@@ -52,30 +52,21 @@ Computation = dict[str, _Instruction]
 def moved(text: str, turns: float) -> float:
     """Bytes to and from HBM of one run of an optimised HLO module on one chip.
 
-    A loop of unknown length counts `turns` times, and once where it is within another such loop; of several branches
-    the cheapest counts.
+    For `turns` see `hlo.instructions`; of several branches the cheapest counts.
     """
     lines, entry = hlo.computations(text)
     program = {name: _parse(body) for name, body in lines.items()}
+    by_line = {each.line: each for computation in program.values() for each in computation.values()}
 
-    def run(name: str, inside: bool) -> float:
-        total = 0.0
-        for instruction in program[name].values():
-            line, kind = instruction.line, instruction.kind
-            if kind == "while":
-                known = hlo.trips(line, lines)
-                often = known if known is not None else 1 if inside else turns
-                body = hlo.called(line, "body")
-                total += often * run(body, inside or known is None)
-            elif kind == "conditional":
-                total += min(run(branch, inside) for branch in hlo.branches(line))
-            elif kind == "call":
-                total += run(hlo.called(line, "to_apply"), inside)
-            else:
-                total += _cost(instruction, program[name], program)
-        return total
+    def run(name: str) -> float:
+        cheapest = lambda branches: [min(branches, key=run)]
+        return sum(
+            times * _cost(by_line[line], program[where], program)
+            for where, line, times in hlo.instructions(lines, name, turns, cheapest)
+            if line in by_line
+        )
 
-    return run(entry, False)
+    return run(entry)
 
 
 def _parse(lines: list[str]) -> Computation:

@@ -35,8 +35,9 @@ class Chunks(NamedTuple):
     shards: int
 
     def size(self, n: int, vocab_size: int) -> int:
-        """Positions of a chunk, where a device has n."""
-        return min(max(1, self.max_logits // vocab_size), n)
+        """Positions of a chunk, where a device has n: as few chunks as may be, and those of one size."""
+        most = min(max(1, self.max_logits // vocab_size), n)
+        return -(-n // -(-n // most))
 
 
 def summed(

@@ -42,7 +42,7 @@ backend_config={"known_trip_count":{"n":"11"}}
 
 
 def test_every_collective_is_counted_with_its_group_and_its_loop():
-    assert {(c.kind, c.group): c for c in hlo.collectives(MODULE, 8)} == {
+    assert {(c.kind, c.group): c for c in hlo.collectives(MODULE, 8, 1)} == {
         ("all-gather", 4): Collective("all-gather", 4, 11, 11 * 512, 11 * 384),
         ("all-reduce", 4): Collective("all-reduce", 4, 1, 500, 750),
         ("all-gather", 8): Collective("all-gather", 8, 1, 512, 448),
@@ -68,11 +68,13 @@ def test_a_loop_turns_as_often_as_its_condition_says():
         "condition=%region_1.2_spmd, body=%body",
     )
     module = f"{head}{COUNTED}\n\nENTRY{told}"
-    gathered = next(c for c in hlo.collectives(module, 8) if (c.kind, c.group) == ("all-gather", 4))
+    gathered = next(c for c in hlo.collectives(module, 8, 1) if (c.kind, c.group) == ("all-gather", 4))
     assert gathered == Collective("all-gather", 4, 12, 12 * 512, 12 * 384)
-    assert hlo.estimated_cycles(module) == 7 + 12 * 50
+    assert hlo.estimated_cycles(module, 5) == 7 + 12 * 50
     unknown = module.replace("constant(12)", "parameter(1)")
-    assert hlo.estimated_cycles(unknown) == 7 + 50
+    assert hlo.estimated_cycles(unknown, 5) == 7 + 5 * 50
+    gathered = next(c for c in hlo.collectives(unknown, 8, 5) if (c.kind, c.group) == ("all-gather", 4))
+    assert gathered == Collective("all-gather", 4, 5, 5 * 512, 5 * 384)
 
 
 def test_largest_arrays_are_those_that_exist_outside_fusions():
@@ -80,7 +82,7 @@ def test_largest_arrays_are_those_that_exist_outside_fusions():
 
 
 def test_cycles_count_loops():
-    assert hlo.estimated_cycles(MODULE) == 7 + 11 * 50
+    assert hlo.estimated_cycles(MODULE, 1) == 7 + 11 * 50
 
 
 def test_bytes_of_shapes():

@@ -71,7 +71,7 @@ def run(config, dataset, steps, name):
     bytes_held = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     return {
         "grads": grads, "losses": losses, "held": held, "memory": bytes_held,
-        "collectives": sum(c.count for c in hlo.collectives(text, mesh.size)), "in_chunks": in_chunks(text),
+        "collectives": sum(c.count for c in hlo.collectives(text, mesh.size, 1)), "in_chunks": in_chunks(text),
     }  # fmt: skip
 
 
