@@ -93,7 +93,9 @@ class Plan:
         strict = len(streams) > 1
         first = index // self.pieces * self.unit
         start = first + index % self.pieces * self.size
-        block = (start + jnp.arange(self.size))[:, None] // self.block_size
+        # What pads the last piece of a unit is taken for the unit's last query, so that no query sees nothing.
+        query = jnp.minimum(start + jnp.arange(self.size), first + self.unit - 1)
+        block = query[:, None] // self.block_size
         whole = self.unit == self.block_size and len(stage) == 1  # every query sees every key
         groups = []
         if end := self.prefix(stage, strict):

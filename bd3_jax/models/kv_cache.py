@@ -85,7 +85,7 @@ class KVCache:
         return self._map(repeat, self, jnp.repeat(self.length, batch), self.end)
 
     def begin(self, block: KVBlock, length: Int[Array, "1"]) -> "KVCache":
-        """An empty ring with the first `length` tokens of a longer block, which must fit in."""
+        """An empty ring with the first `length` tokens of a longer block; so many must fit in."""
         write = lambda ring, new: jax.lax.dynamic_update_slice_in_dim(ring, new, 0, axis=ring.ndim + TOKENS)
         return self._map(write, block, length, length[0] % self.capacity)
 

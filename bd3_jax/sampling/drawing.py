@@ -180,11 +180,15 @@ class Slots:
         return drawn.index % len(self._rows)
 
     def _given(self, row: Int[np.ndarray, "S"]) -> int:
-        """How many leading blocks are given whole, and read at once; the last block is gone through in any case."""
+        """How many leading blocks are given whole, and read at once; the last block is gone through in any case.
+
+        Of a text with gaps more may be given than the training context, which is all that is read at once.
+        """
         masked = row == self._sampler.model.ids.mask
         given = int(masked.argmax()) if masked.any() else len(row)
         whole = 0 if given < self._layout.size else 1 + (given - self._layout.size) // self._layout.stride
-        return min(whole, self._layout.num_blocks - 1)
+        at_once = self._sampler.model.length // self._layout.size
+        return min(whole, at_once, self._layout.num_blocks - 1)
 
     def _start(self, number: int) -> Memory:
         """What is kept of the given blocks of a row; the newest is kept, since samples of one row are begun alike."""

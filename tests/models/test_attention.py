@@ -12,6 +12,9 @@ from bd3_jax.models import attention
 SHAPES = [(6, 1), (12, 3), (6, 6)]
 # Chunks within a block and of several; few, and more than have a program of their own; the last one cut short.
 BACKENDS = [("dense", 1), ("decomposed", 1), ("decomposed", 4), ("decomposed", 100)]
+# A block in pieces of which the last is padded, and more chunks than have a program of their own.
+PADDED = (40, 5, "decomposed", 3)
+CASES = [(*shape, *backend) for shape in SHAPES for backend in BACKENDS] + [PADDED]
 
 
 def visible(query, key, length, block_size, copies=1):
@@ -57,8 +60,7 @@ def assert_same(ours, expected, args):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize(("name", "chunk"), BACKENDS)
-@pytest.mark.parametrize(("length", "block_size"), SHAPES)
+@pytest.mark.parametrize(("length", "block_size", "name", "chunk"), CASES)
 def test_block_diffusion(length, block_size, name, chunk):
     backend = attention.get_backend(name, chunk, length)
 
@@ -93,8 +95,7 @@ def test_noised_copies_share_the_clean_stream(backend, length):
     np.testing.assert_allclose(noised, one_by_one(q, k, v)[:, :, :2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "chunk"), BACKENDS)
-@pytest.mark.parametrize(("length", "block_size"), SHAPES)
+@pytest.mark.parametrize(("length", "block_size", "name", "chunk"), CASES)
 def test_block_causal(length, block_size, name, chunk):
     backend = attention.get_backend(name, chunk, length)
     mask = jnp.asarray([[j // block_size <= i // block_size for j in range(length)] for i in range(length)])

@@ -3,7 +3,7 @@ import pytest
 
 from bd3_jax.data.tokenizers import bytes_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.sampling.drawing import draw
+from bd3_jax.sampling.drawing import Slots, draw
 from bd3_jax.sampling.infilling import parse, resolve
 from bd3_jax.sampling.sampler import Sampler
 from tests.sampling.settings import change, sampling_config
@@ -68,6 +68,22 @@ def test_given_tokens_stay(make, objective, block_size, sampler_name):
         # Nothing beyond the end is drawn where one block is the whole context; else the last block is.
         surplus = 1 if block_size == 4 else 0
         assert {each.nfe for each in drawn} == {4 + surplus}
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+@pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 4), ("bd3lm", 1), ("mdlm", 0)])
+def test_more_may_be_given_than_the_training_context(make, monkeypatch, objective, block_size, kv_cache):
+    """As when every block is gone through by itself and none is read at once."""
+    sampler, params = make(objective, block_size, max_length=30, kv_cache=kv_cache)
+    given = np.random.default_rng(0).integers(1, 9, 29).tolist()
+    given[25] = given[27] = None
+    row = sampler.canvas([given])[0]
+    at_once = [each.tokens.tolist() for each in draw(sampler, params, row, 3, 3)]
+    for tokens in at_once:
+        assert all(token in (None, found) for token, found in zip(given, tokens[1:], strict=True))
+        assert sampler.model.ids.mask not in tokens
+    monkeypatch.setattr(Slots, "_given", lambda self, row: 0)
+    assert [each.tokens.tolist() for each in draw(sampler, params, row, 3, 3)] == at_once
 
 
 def test_the_gap_is_drawn_given_what_surrounds_it(make):
