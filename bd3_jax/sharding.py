@@ -13,7 +13,8 @@ from jaxtyping import Array, Int32
 
 from bd3_jax.config import MeshConfig
 from bd3_jax.errors import UserError
-from bd3_jax.models.network import BATCH_AXES, Network, Params
+from bd3_jax.models.mesh import BATCH_AXES
+from bd3_jax.models.network import Network, Params
 
 # Logical axis of an array -> mesh axes that split it. A dimension whose size they do not divide stays whole.
 RULES: dict[str, str | tuple[str, ...] | None] = {

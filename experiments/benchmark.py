@@ -7,8 +7,9 @@ Without --set, the network is the yardstick's: d = 256, 8 layers, 8 heads, L = 2
 (package torch) a plain PyTorch module runs beside ours, in turns, and ratios are printed: see torch_baseline.py. Times
 are medians over rounds; ratios are medians of the ratios within a round, so that a slow minute counts against both.
 The machine should be idle: PyTorch's threads wait for each other, and lose far more to other processes than XLA's.
-FLOPs are those of the matrix products, twice the multiplications; the output layer's are for the tokens that are
-masked on average. All programs run on all devices.
+The PyTorch module samples one sequence at a time, whatever --set=sampling.batch_size says of ours. FLOPs are those of
+the matrix products, twice the multiplications; the output layer's are for the tokens that are masked on average. All
+programs run on all devices.
 """
 
 import argparse
@@ -100,8 +101,8 @@ def configure(objective: str, overrides: list[str]) -> Config:
     """The yardstick's settings with GROUP.NAME=VALUE overrides."""
     config = base.get_config(f"bd3lm,block_size={BLOCK_SIZE}" if objective == "bd3lm" else objective)
     config.model.update(length=256, width=256, num_layers=8, num_heads=8, cond_dim=64)
-    config.training.batch_size = config.eval.batch_size = config.sampling.batch_size = 8
-    config.sampling.max_length = 256
+    config.training.batch_size = config.eval.batch_size = 8
+    config.sampling.update(batch_size=1, max_length=256)  # the authors' sampler draws one at a time
     for override in overrides:
         path, _, value = override.partition("=")
         *groups, name = path.split(".")

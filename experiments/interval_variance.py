@@ -10,31 +10,21 @@ interval does not vary less than U[0, 1].
 """
 
 import argparse
-import contextlib
-import dataclasses
-import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
+from measures import loss_variances, unread_rows
 from recording import RESULTS, Recording
-from tqdm import tqdm
 
 from bd3_jax import runtime
 from bd3_jax.checkpoints import orbax
 from bd3_jax.command_line import exit_status
 from bd3_jax.config import Config, from_config_dict
 from bd3_jax.configs import quickstart
-from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.data.prepare import prepare
-from bd3_jax.errors import UserError
-from bd3_jax.language_model import LanguageModel
 from bd3_jax.training.loop import train
 
 BLOCK_SIZES = (4, 8, 16)
@@ -65,45 +55,6 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, obje
         "high": summary.high,
         "rows": batches * config.training.batch_size,
         "intervals": found,
-    }
-
-
-def unread_rows(config: Config, batches: int) -> Iterator[np.ndarray]:
-    """Batches of rows that the steps of this config have not read."""
-    dataset = open_dataset(config.data, config.model.length, "train")
-    rows_read, batch_size = config.training.num_steps * config.training.batch_size, config.training.batch_size
-    if rows_read + batches * batch_size > len(dataset):
-        raise UserError(f"--steps and --batches take more than the {len(dataset)} rows of the training split")
-    with contextlib.closing(train_batches(dataset, batch_size, config.seed, rows_read, 0, 1)) as unread:
-        yield from itertools.islice(unread, batches)
-
-
-def loss_variances(
-    config: Config, workdir: epath.Path, intervals: dict[str, tuple[float, float]], batches: Iterable[np.ndarray]
-) -> dict[str, dict[str, float]]:
-    """The training loss of batches `[b, L]` of rows, by interval: the same rows and keys for all, and no dropout."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
-    tokenizer = open_dataset(config.data, config.model.length, "train").tokenizer
-    model = LanguageModel.from_config(config, tokenizer.ids)
-    block_size = config.block_size or 1  # AR has none
-    params, _ = orbax.restore_params(config, workdir, "ema")
-    losses_of = jax.jit(lambda *args: model.training_loss(*args)[1])
-    means: dict[str, list[float]] = {name: [] for name in intervals}
-    variances: dict[str, list[float]] = {name: [] for name in intervals}
-    for index, rows in enumerate(tqdm(batches, "drawing losses", disable=None)):
-        key = jax.random.fold_in(jax.random.key(1), index)
-        for name, (low, high) in intervals.items():
-            losses = np.asarray(losses_of(params, rows, key, jnp.float32(low), jnp.float32(high)), np.float64)
-            variances[name].append(losses.reshape(-1, block_size).mean(1).var(ddof=1))
-            means[name].append(losses.mean())
-    return {
-        name: {
-            "mean": np.mean(means[name]),
-            "block_variance": np.mean(variances[name]),
-            "standard_error": np.std(variances[name], ddof=1) / math.sqrt(len(variances[name])),
-            "batch_variance": np.var(means[name], ddof=1),
-        }
-        for name in intervals
     }
 
 

@@ -12,7 +12,6 @@ over seeds) and that of seeds together. Where it is less than half of the differ
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
 import sys
@@ -23,14 +22,12 @@ import numpy as np
 import small_models
 from etils import epath
 from matplotlib.figure import Figure
+from measures import by_model, compare, losses_by_row, pooled
 from recording import RESULTS, Recording
-from tqdm import tqdm
 
 from bd3_jax import runtime
 from bd3_jax.command_line import exit_status
-from bd3_jax.config import Config
-from bd3_jax.data.pipeline import Dataset, open_dataset
-from bd3_jax.evaluation.perplexity import batches, open_run, sequence_losses
+from bd3_jax.data.pipeline import open_dataset
 
 DRAWS = 8  # of the noise, for every row
 # Tables 3 and 4, test perplexity on LM1B (65 B tokens) and OpenWebText (524 B tokens).
@@ -49,58 +46,6 @@ def measure(name: str, seed: int, steps: int, runs: epath.Path) -> dict[str, Any
     config, place = small_models.trained(name, seed, steps, runs)
     dataset = open_dataset(config.data, config.model.length, "validation")
     return losses_by_row(config, place, dataset, np.arange(len(dataset)), DRAWS)
-
-
-def losses_by_row(
-    config: Config, workdir: epath.Path, dataset: Dataset, rows: np.ndarray, draws: int
-) -> dict[str, Any]:
-    """Losses of these rows, summed over their counted tokens, in nats: means over draws of the noise."""
-    step, lm, params, split = open_run(config, workdir, dataset)
-    tokens = dataset.read(rows.tolist())
-    sums = [
-        sequence_losses(
-            lm,
-            params,
-            batches(tokens, config.eval.batch_size),
-            dataclasses.replace(config.eval, seed=draw),
-            split,
-        ).sum(1)
-        for draw in tqdm(range(1 if lm.is_exact else draws), "draws of the noise", leave=False)
-    ]
-    counted, means = int(lm.counted(lm.length).sum()), np.mean(sums, 0)
-    return {
-        "step": step,
-        "nll": means.mean() / counted,
-        "estimator": "exact" if lm.is_exact else config.eval.estimator,
-        "counted": counted,  # tokens in a row
-        "rows": np.round(means, 3).tolist(),
-    }
-
-
-def compare(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Mean difference of NLLs per token `[seeds, rows]`, second less first, and its standard error."""
-    by_row, by_seed = (second - first).mean(0), (second - first).mean(1)
-    variance = by_row.var(ddof=1) / len(by_row)
-    if len(by_seed) > 1:
-        variance += by_seed.var(ddof=1) / len(by_seed)
-    return float(by_row.mean()), math.sqrt(variance)
-
-
-def pooled(seeds: dict[int, np.ndarray]) -> tuple[float, float, str]:
-    """NLL per token over rows and seeds, its standard error, and the perplexity with its own as text."""
-    values = np.stack(list(seeds.values()))
-    nll, error = compare(np.zeros_like(values), values)
-    return nll, error, f"{math.exp(nll):.1f} +- {math.exp(nll) * error:.1f}"
-
-
-def by_model(cells: list[dict[str, Any]], steps: int) -> dict[str, dict[int, np.ndarray]]:
-    """Name -> seed -> NLL per token of every row, for the models that are there."""
-    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in small_models.MODELS}
-    for cell in cells:
-        asked, figures = cell["settings"], cell["figures"]
-        if asked["steps"] == steps:
-            found[asked["model"]][asked["seed"]] = np.array(figures["rows"]) / figures["counted"]
-    return {name: seeds for name, seeds in found.items() if seeds}
 
 
 def table(found: dict[str, dict[int, np.ndarray]]) -> str:
@@ -122,6 +67,7 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
             stacked = [np.stack([found[name][seed] for seed in seeds]) for name in (first, second)]
             mean, error = compare(*stacked)
             said = "not told apart" if abs(mean) < 2 * error else first if mean > 0 else second
+            said += " (rows of one seed)" if len(seeds) == 1 else ""
             lines.append(f"| {first} | {second} | {mean:+.4f} +- {error:.4f} | {said} |")
     lines += ["", "Published (tables 3 and 4).", "", "| model | LM1B | OpenWebText |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {lm1b:.2f} | {owt:.2f} |" for name, (lm1b, owt) in PUBLISHED.items()]
@@ -153,10 +99,10 @@ def main(argv: list[str]) -> None:
     runtime.start()
     recording = Recording(own.out)
     for seed in own.seeds:
-        for name, string in small_models.MODELS.items():
+        for name in small_models.MODELS:
             recording.cell(
                 {"model": name, "seed": seed, "steps": own.steps, "draws": DRAWS},
-                small_models.settings(string, seed, own.steps).to_dict(),
+                small_models.config_of(name, seed, own.steps, own.runs).to_dict(),
                 lambda name=name, seed=seed: measure(name, seed, own.steps, own.runs),
             )
             found = by_model(recording.cells, own.steps)

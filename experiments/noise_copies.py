@@ -10,6 +10,7 @@ About five minutes on two cores.
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from recording import RESULTS, Recording
 from tqdm import tqdm
 
 from bd3_jax import runtime
+from bd3_jax.checkpoints import orbax
 from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.command_line import exit_status
 from bd3_jax.config import Config
@@ -40,15 +42,17 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, dict
     """By K: variance of the gradient, its standard error, seconds of a pass."""
     dataset = open_dataset(config.data, config.model.length, "train")
     lm, params = open_run(config, workdir, dataset)[1:3]
+    summary = orbax.summarize(workdir)  # the interval that the run trains in by now
 
     def program(copies: int) -> jax.stages.Wrapped:
         model = dataclasses.replace(lm, noise_copies=copies)
-        low, high = config.noise.low, config.noise.high
 
         @jax.jit
         def half_squared_difference(params: Params, rows: Array, keys: Array) -> Array:
             """Of the gradients of two batches: its mean is their variance."""
-            of_batch = lambda index: jax.grad(lambda p: model.training_loss(p, rows[index], keys[index], low, high)[0])
+            of_batch = lambda index: jax.grad(
+                lambda p: model.training_loss(p, rows[index], keys[index], summary.low, summary.high)[0]
+            )
             return (
                 optax.tree.norm(jax.tree.map(jnp.subtract, of_batch(0)(params), of_batch(1)(params)), squared=True) / 2
             )
@@ -78,10 +82,12 @@ def measure(config: Config, workdir: epath.Path, batches: int) -> dict[str, dict
     }
 
 
-def cost(figures: dict[str, dict[str, float]], copies: int) -> float:
-    """Variance times seconds beside those of one copy."""
-    product = lambda own: own["variance"] * own["seconds"]
-    return product(figures[str(copies)]) / product(figures["1"])
+def cost(figures: dict[str, dict[str, float]], copies: int) -> tuple[float, float]:
+    """Variance times seconds beside those of one copy, and the standard error of that."""
+    one, own = figures["1"], figures[str(copies)]
+    ratio = own["variance"] * own["seconds"] / one["variance"] / one["seconds"]
+    relative = [each["standard_error"] / each["variance"] for each in (one, own)]
+    return ratio, 0.0 if copies == 1 else ratio * math.hypot(*relative)
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
@@ -90,14 +96,16 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     for copies in COPIES:
         own = figures[str(copies)]
         variance = f"{own['variance']:.4g} ± {own['standard_error']:.2g}"
-        lines.append(f"| {copies} | {variance} | {1e3 * own['seconds']:.0f} | {cost(figures, copies):.2f} |")
+        ratio, error = cost(figures, copies)
+        lines.append(f"| {copies} | {variance} | {1e3 * own['seconds']:.0f} | {ratio:.2f} ± {error:.2f} |")
     return "\n".join(lines)
 
 
 def plot(figures: dict[str, dict[str, float]]) -> Figure:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    axes.bar([f"K = {copies}" for copies in COPIES], [cost(figures, copies) for copies in COPIES])
+    ratios, errors = zip(*(cost(figures, copies) for copies in COPIES), strict=True)
+    axes.bar([f"K = {copies}" for copies in COPIES], ratios, yerr=errors)
     axes.axhline(1, color="gray", linestyle=":")
     axes.set(ylabel="gradient variance x time, of that of K = 1")
     return figure

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import small_models
 from etils import epath
-from interval_variance import loss_variances
-from likelihood import compare, losses_by_row, pooled
+from measures import compare, loss_variances, losses_by_row, pooled
 from recording import RESULTS, Recording
 
 from bd3_jax import runtime

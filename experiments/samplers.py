@@ -61,7 +61,7 @@ def draw(model: Pretrained, count: int, settings: dict[str, Any]) -> dict[str, A
 
 
 def held_out(model: Pretrained, count: int) -> dict[str, Any]:
-    """The first rows of the validation split, BOS left out as it is of samples."""
+    """The first rows of the validation split, but for the first token, in whose place samples have BOS."""
     rows = open_dataset(model.config.data, model.model.length, "validation").read(range(count))
     return {"texts": [model.text_tokenizer().decode(row[1:].tolist()) for row in rows]}
 
@@ -89,7 +89,7 @@ def judge_all(recording: Recording, name: str) -> None:
     for cell in drawn:
         texts = [f"{judge.bos}{text}" for text in cell["figures"]["texts"]]
         asked = {"judge": Path(name).name, "of": cell["settings"]}
-        recording.cell(asked, {}, lambda texts=texts: dataclasses.asdict(score(texts, judge)[1]))
+        recording.cell(asked, cell["config"], lambda texts=texts: dataclasses.asdict(score(texts, judge)[1]))
 
 
 def rows(recording: Recording) -> dict[str, dict[str, Any]]:
@@ -97,7 +97,11 @@ def rows(recording: Recording) -> dict[str, dict[str, Any]]:
     found = {}
     for cell in recording.cells:
         if "text" in cell["settings"]:
-            judged = [each for each in recording.cells if each["settings"].get("of") == cell["settings"]]
+            judged = [
+                each
+                for each in recording.cells
+                if each["settings"].get("of") == cell["settings"] and each["config"] == cell["config"]
+            ]
             scores = judged[-1]["figures"] | judged[-1]["settings"] if judged else {}
             # The judge tokenises anew, and counts n-grams of its own.
             found[cell["settings"]["text"]] = scores | cell["figures"]

@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     numbers = lambda text: [int(number) for number in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=numbers, default=[1, 16, 64], help="sequences at a time")
-    parser.add_argument("--lengths", type=numbers, default=[64, 256, 1024, 2048], help="context in tokens")
+    parser.add_argument("--lengths", type=numbers, default=[64, 512, 2048], help="context in tokens")
     parser.add_argument("--out", type=Path, default=RESULTS / "sampling_speed")
     own = parser.parse_args(argv)
     runtime.start()

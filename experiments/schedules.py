@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import small_models
 from etils import epath
-from interval_variance import loss_variances, unread_rows
-from likelihood import losses_by_row
+from measures import loss_variances, losses_by_row, unread_rows
 from recording import RESULTS, Recording
 
 from bd3_jax import runtime

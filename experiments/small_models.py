@@ -7,7 +7,6 @@ the paper (whose first part is 85 % of the steps: in so few, the second would be
 
 import argparse
 import dataclasses
-import itertools
 
 from etils import epath
 
@@ -29,6 +28,7 @@ MODELS = {
     "MDLM": "mdlm",
     "SEDD": "sedd",
 }
+FIRST_HALF = "first half"
 RUNS = epath.Path("runs/small_models")
 
 
@@ -55,9 +55,18 @@ def settings(string: str, seed: int, steps: int = STEPS) -> Config:
     return from_config_dict(config)
 
 
-def workdir(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> epath.Path:
+def workdir(name: str, seed: int | str, steps: int = STEPS, runs: epath.Path = RUNS) -> epath.Path:
     """Where `trained` leaves that model."""
     return runs / f"{name.lower().replace(' ', '').replace('=', '')}-seed-{seed}-steps-{steps}"
+
+
+def config_of(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> Config:
+    """What `trained` trains last: of a BD3-LM the second half of the steps."""
+    config = settings(MODELS[name], seed, steps)
+    if config.objective != "bd3lm":
+        return config
+    second = settings(MODELS[name], seed, steps - steps // 2)
+    return dataclasses.replace(second, init_from=str(workdir(FIRST_HALF, seed, steps, runs)))
 
 
 def trained(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> tuple[Config, epath.Path]:
@@ -72,32 +81,28 @@ def trained(name: str, seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -
     Returns:
       its settings and its workdir.
     """
-    string, place = MODELS[name], workdir(name, seed, steps, runs)
-    config = settings(string, seed, steps)
-    if config.objective == "bd3lm":
-        second = settings(string, seed, steps - steps // 2)
-        config = dataclasses.replace(second, init_from=str(first_half(seed, steps, runs)))
+    config, place = config_of(name, seed, steps, runs), workdir(name, seed, steps, runs)
+    if config.init_from:
+        first_half(seed, steps, runs)
     train_on(config, place)
     return config, place
 
 
 def first_half(seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> epath.Path:
     """Trains the MDLM from which BD3-LMs of that seed and number of steps go on; its workdir."""
-    place = workdir("first half", seed, steps, runs)
+    place = workdir(FIRST_HALF, seed, steps, runs)
     train_on(settings("mdlm", seed, steps // 2), place)
     return place
 
 
 def finished(steps: int = STEPS, runs: epath.Path = RUNS) -> list[tuple[str, int, Config, epath.Path]]:
-    """Name, seed, settings and workdir of every model in `runs` that has been trained to its end."""
+    """Name, seed, settings and workdir of every model in `runs` that has been trained to its end, by seed."""
     found = []
-    for seed, name in itertools.product(SEEDS, MODELS):
-        place = workdir(name, seed, steps, runs)
-        if latest_step(place) is not None:
-            config = read_config(place)
-            if latest_step(place) == config.training.num_steps:
-                found.append((name, seed, config, place))
-    return found
+    for name in MODELS:
+        for place in runs.glob(workdir(name, "*", steps, runs).name):
+            if (step := latest_step(place)) is not None and step == (config := read_config(place)).training.num_steps:
+                found.append((name, config.seed, config, place))
+    return sorted(found, key=lambda each: (each[1], list(MODELS).index(each[0])))
 
 
 def train_on(config: Config, place: epath.Path) -> None:

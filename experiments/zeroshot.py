@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import small_models
 from etils import epath
-from likelihood import by_model, losses_by_row, pooled
+from measures import by_model, losses_by_row, pooled
 from recording import RESULTS, Recording
 
 from bd3_jax import runtime
@@ -144,8 +144,9 @@ def main(argv: list[str]) -> None:
                 settings.to_dict(),
                 lambda settings=settings, place=place: measure(settings, place, own.rows),
             )
+    asked = [cell for cell in recording.cells if cell["settings"]["rows"] == own.rows]
     found = {
-        corpus: by_model([cell for cell in recording.cells if cell["settings"]["corpus"] == corpus], own.steps)
+        corpus: by_model([cell for cell in asked if cell["settings"]["corpus"] == corpus], own.steps)
         for corpus in (IN_DOMAIN, *CORPORA)
     }
     recording.write_table(table(found))

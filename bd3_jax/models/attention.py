@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from bd3_jax.models import chunked, splash
+from bd3_jax.models.tiles import LANES
 
 Heads = Float[Array, "b h L k"]
 Streams = Float[Array, "b h s L k"]
@@ -165,6 +166,6 @@ class Splash:
 @functools.cache
 def get_backend(name: Literal["dense", "decomposed", "splash", "flash"], chunk: int, length: int) -> Backend:
     """`chunk`: queries at a time. What `flash` does not take is splash, and what that does not take is decomposed."""
-    if name in ("flash", "splash") and length % splash.LANES == 0:
+    if name in ("flash", "splash") and length % LANES == 0:
         return Splash(chunk)
     return Dense() if name == "dense" else Decomposed(chunk)

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 
 from bd3_jax.models.chunked import RESIDUALS
 from bd3_jax.models.flash_kernels import Pattern, backward, forward
-from bd3_jax.models.splash import LANES
+from bd3_jax.models.mesh import BATCH_AXES, is_meshed, parts, tensor_axis
+from bd3_jax.models.tiles import LANES
 
 VMEM = 48 * 2**20
 """Bytes that a kernel may take of the memory beside the cores, of which v5p has least, 64 MiB."""
@@ -33,29 +34,23 @@ Streams = Float[Array, "b s L d"]
 Rotary = tuple[Float[Array, "L k/2"], Float[Array, "L k/2"]]
 
 
-def supports(length: int, heads: int, head_dim: int, block_size: int, copies: int) -> bool:
+def supports(length: int, heads: int, head_dim: int, block_size: int, copies: int, dtype: jnp.dtype) -> bool:
     """Whether registers are full, a band of noised queries has whole blocks, and the rows of 128 columns fit.
 
-    On a mesh it is asked for the heads that each device has.
+    On a mesh it is asked for the heads that each device has. `dtype`: of the operands.
     """
-    width = heads // _split(heads) * head_dim
+    width = heads // parts(heads) * head_dim
     full = length % LANES == 0 and width % LANES == 0 and LANES % head_dim == 0
-    # Of the backward kernel: bfloat16 queries, results and their gradients, twice, to load the next while computing;
-    # rotated queries, and their gradient in float32 and as it leaves; the rotation's tables.
-    needed = (copies + 1) * length * LANES * (3 * 2 * 2 + 2 + 4 + 2 * 2) + 2 * 2 * length * LANES * 4
+    # Of the backward kernel: queries, results and their gradients, twice, to load the next while computing; rotated
+    # queries, and their gradient in float32 and, twice, as it leaves; the rotation's tables.
+    needed = (copies + 1) * length * LANES * (dtype.itemsize * (3 * 2 + 1 + 2) + 4) + 2 * 2 * length * LANES * 4
     return full and (copies == 0 or LANES % block_size == 0) and needed < 0.9 * VMEM
-
-
-def _split(heads: int) -> int:
-    """Over how many devices. A dimension whose size they do not divide stays whole, as in `sharding.RULES`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["tensor"] if not mesh.empty and heads % mesh.shape["tensor"] == 0 else 1
 
 
 def attend(q: Streams, k: Streams, v: Streams, rotary: Rotary, pattern: Pattern) -> Streams:
     """Softmax attention of rotated queries and keys.
 
-    On a mesh (`jax.sharding.use_abstract_mesh`) each device computes its own rows and heads.
+    On a mesh (see mesh.py) each device computes its own rows and heads.
 
     Args:
       q: all streams, noised ones before the clean one, or the noised ones alone; not rotated.
@@ -65,9 +60,8 @@ def attend(q: Streams, k: Streams, v: Streams, rotary: Rotary, pattern: Pattern)
       pattern: which keys are visible, and how heads lie.
     """
     run: Callable[..., Streams] = lambda q, k, v, rotary: _attend(q, k, v, rotary, pattern)
-    if not jax.sharding.get_abstract_mesh().empty:
-        split = _split(q.shape[-1] // pattern.head_dim) > 1
-        own = PartitionSpec(("data", "fsdp"), None, None, "tensor" if split else None)
+    if is_meshed():
+        own = PartitionSpec(BATCH_AXES, None, None, tensor_axis(q.shape[-1] // pattern.head_dim))
         run = jax.shard_map(run, in_specs=(own, own, own, PartitionSpec()), out_specs=own, check_vma=False)
     return run(q, k, v, rotary)
 

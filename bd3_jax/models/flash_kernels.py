@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from bd3_jax.models.splash import LANES, divide
+from bd3_jax.models.tiles import LANES, divide
 
 HIDDEN = -1e30  # the score of a key that is not visible
 LOG2_E = math.log2(math.e)

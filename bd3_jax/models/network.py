@@ -16,26 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.config import ModelConfig
-from bd3_jax.models import attention, flash
+from bd3_jax.models import attention, flash, mesh
 from bd3_jax.models.flash_kernels import Pattern
 from bd3_jax.models.kv_cache import KVBlock, KVCache
 from bd3_jax.models.layer import REMAT_SAVED, Attend, normalise
 from bd3_jax.models.platform import flat_products, settle
-from bd3_jax.models.splash import tile_size
+from bd3_jax.models.tiles import tile_size
 from bd3_jax.models.transformer import Transformer
 
 Params = dict[str, Any]
-BATCH_AXES = ("data", "fsdp")  # of the mesh, over which rows are split
-
-
-def _by_rows(x: Float[Array, "b s L d"]) -> Float[Array, "b s L d"]:
-    """On a mesh (`jax.sharding.use_abstract_mesh`): every device has some rows, each of them whole.
-
-    The compiler would else split their width, as the parameters' is over fsdp, and have all rows on every device.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(BATCH_AXES))
 
 
 def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Array, Array]:
@@ -175,7 +164,9 @@ class Network:
         def apply_block(x: Array, index: Array | int, block: Any, streams: int) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             layer = nnx.merge(graph, block).layer(cond, dtype, self._flat)
-            return _by_rows(layer(_by_rows(x), rotary, attend, key, streams)[0])
+            # Else the compiler would split the width, as the parameters' is over fsdp, and have all rows everywhere.
+            by_rows = lambda x: mesh.constrain(x, mesh.BATCH_AXES)
+            return by_rows(layer(by_rows(x), rotary, attend, key, streams)[0])
 
         apply_block = self._rematerialised(apply_block)
         # The last layer stands outside the scan: of its clean half only keys and values are needed.
@@ -198,7 +189,8 @@ class Network:
         """The pattern of `apply`, and the rotation that its operands need before; see `Layer.__call__`."""
         settled, head_dim = self.settled, self.model.width // self.model.num_heads
         rotary = rotary_angles(jnp.arange(length), head_dim)
-        if settled.attention == "flash" and flash.supports(length, self.model.num_heads, head_dim, block_size, copies):
+        shape = (length, self.model.num_heads, head_dim, block_size, copies)
+        if settled.attention == "flash" and flash.supports(*shape, self.dtype):
             pattern = Pattern(length, block_size, copies, head_dim, tile_size(length, settled.attention_chunk))
             return lambda q, k, v: flash.attend(q, k, v, rotary, pattern), None
         backend = attention.get_backend(settled.attention, settled.attention_chunk, length)
@@ -322,11 +314,7 @@ class Network:
     def output(self, params: Params) -> tuple[Float[Array, "d V"], Float[Array, "V"]]:
         """The output layer. On a mesh its whole width is on every device: gathered once, and not for every use."""
         kernel, bias = params["output"]["kernel"], params["output"]["bias"]
-        mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.empty:
-            columns = "tensor" if self.vocab_size % mesh.shape["tensor"] == 0 else None
-            kernel = jax.lax.with_sharding_constraint(kernel, jax.sharding.PartitionSpec(None, columns))
-        return kernel, bias
+        return mesh.constrain(kernel, None, mesh.tensor_axis(self.vocab_size)), bias
 
     def unembed(self, params: AnyParams, hidden: Float[Array, "... d"]) -> Float[Array, "... V"]:
         """Float32 logits; the mask token's is included and is for the objective to treat."""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from bd3_jax.config import ModelConfig
-from bd3_jax.models.splash import LANES
+from bd3_jax.models.tiles import LANES
 
 KERNELS = ("flash", "splash")
 

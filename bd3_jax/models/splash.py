@@ -5,23 +5,20 @@ The streams lie one after the other in one sequence, whose mask the kernel compu
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, QKVLayout, make_splash_mha
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from bd3_jax.models.chunked import RESIDUALS
+from bd3_jax.models.mesh import BATCH_AXES, is_meshed, tensor_axis
+from bd3_jax.models.tiles import divide, tile_size
 
 Heads = Float[Array, "b h L k"]
 Visible = Callable[[Array, Array], Array]
-
-LANES = 128
-"""A length must be a multiple of this."""
 
 
 def block_causal(block_size: int) -> Visible:
@@ -41,18 +38,10 @@ def block_diffusion(length: int, block_size: int, copies: int = 1) -> Visible:
     return visible
 
 
-def divide(x: Any, by: int) -> Any:
-    """x // by for x >= 0, anything for others. In the kernel a division costs as much as all else in the mask."""
-    if by & (by - 1) == 0:
-        return x >> (by.bit_length() - 1)
-    # Without the sign's treatment, which has no lowering for absent devices.
-    return x // by if isinstance(x, np.ndarray) else jax.lax.div(x, jnp.int32(by))
-
-
 def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret: bool) -> Heads:
     """Softmax attention over the visible keys, of which every query has one.
 
-    On a mesh (`jax.sharding.use_abstract_mesh`) each device computes its own rows and heads.
+    On a mesh (see mesh.py) each device computes its own rows and heads.
 
     Args:
       q: more, fewer or as many queries as keys, in numbers that are multiples of 128.
@@ -62,12 +51,10 @@ def attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret:
       tile: queries and keys of a tile, at most; rounded down to a divisor of the length, a multiple of 128.
       interpret: without a TPU, for tests.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     run = functools.partial(_attend, visible=visible, tile=tile, interpret=interpret)
-    if mesh.empty:
+    if not is_meshed():
         return run(q, k, v)
-    # A dimension whose size the devices do not divide stays whole, as in `sharding.RULES`.
-    split = PartitionSpec(("data", "fsdp"), "tensor" if q.shape[1] % mesh.shape["tensor"] == 0 else None)
+    split = PartitionSpec(BATCH_AXES, tensor_axis(q.shape[1]))
     return jax.shard_map(run, in_specs=(split, split, split), out_specs=split, check_vma=False)(q, k, v)
 
 
@@ -88,11 +75,6 @@ def _attend(q: Heads, k: Heads, v: Heads, visible: Visible, tile: int, interpret
     )
     # It does not scale the scores. In bfloat16 this rounds q once more, but for head widths that are a power of 4.
     return jax.vmap(kernel)(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v)
-
-
-def tile_size(length: int, most: int) -> int:
-    """The largest multiple of 128 up to `most` that divides `length`."""
-    return next(size for size in range(max(most, LANES) // LANES * LANES, 0, -LANES) if length % size == 0)
 
 
 class _Pattern(masks._ComputableMask):

@@ -1,4 +1,4 @@
-"""The parameters of the network: their shapes, initialisation, names for the sharding rules; the one Flax file."""
+"""The parameters of the network as Flax modules: their shapes, initialisation, names for the sharding rules."""
 
 import math
 

@@ -23,7 +23,10 @@ def test_a_setting_that_is_not_there(script):
 def test_benchmark_on_two_devices(tmp_path):
     """Figures that follow from each other agree; every mode has a row."""
     path = Path(__file__).parents[2] / "experiments" / "benchmark.py"
-    flags = [f"--set={name}={value}" for name, value in (TINY | {"sampling.max_length": 16}).items()]
+    flags = [
+        f"--set={name}={value}"
+        for name, value in (TINY | {"sampling.max_length": 16, "sampling.batch_size": 8}).items()
+    ]
     command = [sys.executable, str(path), "--objectives=bd3lm", "--vocab_sizes=11", "--rounds=1", f"--out={tmp_path}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False)

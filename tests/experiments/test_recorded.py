@@ -39,6 +39,7 @@ def test_variances_of_a_trained_model(script, tiny_config, tmp_path, monkeypatch
     with contextlib.suppress(SystemExit):  # which interval is best for a model of four steps is chance
         intervals.main(argv)
     (cell,) = results(tmp_path / "intervals")
+    chosen = cell["figures"]["low"], cell["figures"]["high"]
     workdir = epath.Path(tmp_path / "runs" / "block-4-steps-4")
     dataset = open_dataset(config.data, config.model.length, "train")
     model = LanguageModel.from_config(config, dataset.tokenizer.ids)
@@ -74,7 +75,7 @@ def test_variances_of_a_trained_model(script, tiny_config, tmp_path, monkeypatch
     gradient = jax.jit(jax.grad(lambda *args: dataclasses.replace(model, noise_copies=2).training_loss(*args)[0]))
     for index in range(3):
         rows, keys = next(pairs), jax.random.split(jax.random.fold_in(jax.random.key(1), index))
-        both = [gradient(params, part, key, 1e-3, 1.0) for part, key in zip(np.split(rows, 2), keys, strict=True)]
+        both = [gradient(params, part, key, *chosen) for part, key in zip(np.split(rows, 2), keys, strict=True)]
         pair = np.stack([np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)]) for each in both])
         found.append(pair.var(axis=0, ddof=1).sum())
     assert cell["figures"]["2"]["variance"] == pytest.approx(np.mean(found[1:]), rel=1e-3)
@@ -191,6 +192,7 @@ def test_small_models(script, tiny_config, tmp_path, monkeypatch):
         name, seed = cell["settings"]["model"], cell["settings"]["seed"]
         workdir = models.workdir(name, seed, 4, epath.Path(tmp_path / "runs"))
         config = read_config(workdir)
+        assert cell["config"] == json.loads(json.dumps(config.to_dict()))
         assert config.init_from == (str(models.workdir("first half", seed, 4, workdir.parent)) if "BD3" in name else "")
         dataset = open_dataset(config.data, config.model.length, "validation")
         model = LanguageModel.from_config(config, dataset.tokenizer.ids)
@@ -243,7 +245,7 @@ def test_the_standard_error_of_a_difference(script):
     for _ in range(400):
         rows, first = rng.normal(0, 1, 400), rng.normal(0, 0.05, (3, 1))
         second = first + rng.normal(0, 0.05, (3, 1)) + 0.3 + rng.normal(0, 0.5, 400)
-        found.append(script("likelihood").compare(rows + first, rows + second))
+        found.append(script("measures").compare(rows + first, rows + second))
     means, errors = np.array(found).T
     assert means.mean() == pytest.approx(0.3, abs=0.01)
     assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.15)

@@ -95,7 +95,12 @@ def test_how_many_scores_it_declares():
     ],
 )
 def test_where_it_is_used(length, heads, head_dim, block_size, copies, holds):
-    assert flash.supports(length, heads, head_dim, block_size, copies) == holds
+    assert flash.supports(length, heads, head_dim, block_size, copies, jnp.dtype("bfloat16")) == holds
+
+
+def test_operands_of_float32_take_more_memory():
+    held = [flash.supports(length, 12, 64, 4, 1, jnp.dtype("float32")) for length in (2048, 4096)]
+    assert held == [True, False]
 
 
 @pytest.mark.parametrize(("objective", "block_size"), [("bd3lm", 8), ("ar", 0), ("sedd", 0)])
@@ -134,7 +139,7 @@ with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     run = jax.jit(lambda *x: flash.attend(*x, rotary, pattern))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, None, "tensor"))
     out = run(*(jax.device_put(each, split) for each in x))
-    assert [flash.supports(128, heads, 64, 16, 1) for heads in (2, 4)] == HOLDS
+    assert [flash.supports(128, heads, 64, 16, 1, x[0].dtype) for heads in (2, 4)] == HOLDS
 assert out.sharding.shard_shape(out.shape) == HELD, out.sharding
 np.testing.assert_allclose(out, alone, atol=1e-6)
 """
