@@ -38,20 +38,32 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: if the product is not the number of devices, or data no multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    count, others = len(devices), config.fsdp * config.tensor
+    names, kinds, shape = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, mesh_shape(config, len(devices))
+    if (slices := slices_of(devices)) > 1:
+        return Mesh(arrange(devices, shape, slices), names, axis_types=kinds)
+    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+
+
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
+    """Of so many devices: data, fsdp, tensor.
+
+    Raises:
+      UserError: if the product is not their number.
+    """
+    others = config.fsdp * config.tensor
     data = count // others if config.data == -1 else config.data
     if data * others != count:
         raise UserError(
             f"config.mesh.data, fsdp, tensor are {config.data}, {config.fsdp}, {config.tensor}; allowed: a product of "
             f"{count}, the number of devices (data = -1: all that fsdp and tensor leave)"
         )
-    names, kinds, shape = ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, (data, config.fsdp, config.tensor)
+    return data, config.fsdp, config.tensor
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """Of how many slices of a TPU pod these are."""
     # A described machine of one slice has no number of it. Of GPUs the number says which host they are in.
-    numbers = {getattr(device, "slice_index", 0) for device in devices}
-    slices = len(numbers) if devices[0].platform == "tpu" else 1
-    if slices > 1:
-        return Mesh(arrange(devices, shape, slices), names, axis_types=kinds)
-    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int], slices: int) -> np.ndarray:

@@ -37,7 +37,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 attention="auto",  # dense (plain masked softmax), decomposed (never [2L, 2L]); on TPU flash, splash
                 attention_chunk=0,  # queries per chunk; 0: 64 on CPU, 256 elsewhere, tiles of 512 for kernels
                 scan_unroll=0,  # layers unrolled per iteration of the scan over layers; 0: all on CPU, 1 elsewhere
-                remat="none",  # of a layer, the backward pass computes again: none, block (all but products), full
+                remat="none",  # of a layer, the backward pass computes again: none, block (what is cheap), full
                 max_logits=0,  # that a device holds at once in a loss; 0: 2^24 on CPU, 2^26 elsewhere
             ),
             noise=dict(

@@ -65,7 +65,7 @@ def memory() -> int:
 
 def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     lengths = sorted({length for _, length in found})
-    lines = ["MiB of temporaries, and seconds, of a forward and backward pass.", ""]
+    lines = ["MiB of temporaries, and seconds, of a forward and backward pass; not run beyond half of the memory.", ""]
     lines += [f"| L | {' | '.join(f'{name} MiB | {name} s' for name in BACKENDS)} |", "|" + " ---: |" * 5]
     for length in lengths:
         cells = []
@@ -73,7 +73,7 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
             figures = found.get((name, length))
             seconds = figures and figures["seconds"]
             cells.append(f"{figures['temporaries'] / 2**20:,.0f}" if figures else "-")
-            cells.append("-" if figures is None else "does not fit" if seconds is None else f"{seconds:.3f}")
+            cells.append("-" if figures is None else "not run" if seconds is None else f"{seconds:.3f}")
         lines.append(f"| {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -8,25 +8,18 @@ accelerators. Nothing of that size is allocated: only shapes are compiled, for t
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from recording import RESULTS, Recording
+
+from bd3_jax.command_line import exit_status
+from bd3_jax.compiling.run import compile_for
+from bd3_jax.config import Config, MeshConfig, from_config_dict
+from bd3_jax.configs import lm1b
+
 DEVICES = 8
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-from matplotlib.figure import Figure  # noqa: E402
-from recording import RESULTS, Recording  # noqa: E402
-
-from bd3_jax.command_line import exit_status  # noqa: E402
-from bd3_jax.compiling.programs import special_ids  # noqa: E402
-from bd3_jax.config import Config, MeshConfig, from_config_dict  # noqa: E402
-from bd3_jax.configs import lm1b  # noqa: E402
-from bd3_jax.language_model import LanguageModel  # noqa: E402
-from bd3_jax.sharding import batch_shards, make_mesh  # noqa: E402
-from bd3_jax.training.update import make_program  # noqa: E402
-
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1))
 STRING = "bd3lm,block_size=16"
 
@@ -40,10 +33,9 @@ def settings(rows: int) -> Config:
 
 def measure(config: Config) -> dict[str, int]:
     """Bytes of one device."""
-    mesh = make_mesh(config.mesh)
-    model = LanguageModel.from_config(config, special_ids(config, 0), batch_shards(mesh))
-    memory = make_program(model, config, mesh).update.lower().compile().memory_analysis()
-    return {"state_and_batch": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+    memory = compile_for(config, f"cpu:{DEVICES}", "train").memory
+    temporaries = memory["temporaries"]
+    return {"state_and_batch": sum(memory.values()) - temporaries, "temporaries": temporaries}
 
 
 def table(found: dict[str, dict[str, int]], rows: int) -> str:
@@ -73,7 +65,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=64, help="of a batch")
     parser.add_argument("--out", type=Path, default=RESULTS / "sharding_memory")
     own = parser.parse_args(argv)
-    recording, found = Recording(own.out), {}
+    recording, found = Recording(own.out, on_devices=False), {}
     for shape in MESHES:
         config = dataclasses.replace(settings(own.rows), mesh=MeshConfig(*shape))
         name = "x".join(map(str, shape))

@@ -5,7 +5,8 @@
 BD3-LM's noised blocks see the clean ones before them. One pass carries both streams through every layer (Block
 Diffusion, section 3.1); two passes run the clean rows first, keep every layer's keys and values, and then run the
 noised rows over them: the same hidden states from the same products. The plain pass is MDLM's, over noised rows alone.
-Steps of the three take turns; ratios are medians of the ratios within a round. The network is that of benchmark.py.
+Steps of the three take turns; ratios are medians of the ratios within a round. The network is that of benchmark.py, on
+one device, its layers unrolled as they are on a CPU.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from recording import RESULTS, Recording
 
 from bd3_jax.command_line import exit_status
 from bd3_jax.config import Config
+from bd3_jax.errors import UserError
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models import attention
-from bd3_jax.models.layer import normalise
+from bd3_jax.models.layer import finish
 from bd3_jax.models.network import Network, Params, rotary_angles
 
 ONE, TWO, PLAIN = "two streams in one pass", "two passes", "plain pass (MDLM)"
@@ -74,8 +76,7 @@ class TwoPasses(Network):
         x = embed(tokens)
         for layer, key, of_layer in zip(layers, keys[count:], stored, strict=True):
             x, _ = layer(x, rotary, functools.partial(over_clean, of_layer), key, 1)
-        scale, shift = transformer.final(cond)
-        return (normalise(x[:, 0]) * scale + shift).astype(x.dtype)
+        return finish(x[:, 0], *transformer.final(cond))
 
 
 def in_two_passes(model: LanguageModel) -> LanguageModel:
@@ -121,6 +122,11 @@ def main(argv: list[str]) -> None:
     own = parser.parse_args(argv)
     recording = Recording(own.out)
     config, plain = (configure(objective, own.set) for objective in ("bd3lm", "mdlm"))
+    if jax.device_count() > 1 or config.model.scan_unroll or config.model.remat != "none":
+        raise UserError(
+            "two passes have no scan, no rematerialisation and no mesh; allowed: one device, without --set of "
+            "model.scan_unroll and model.remat"
+        )
     found = recording.cell(
         {"vocab_size": own.vocab_size, "rounds": own.rounds},
         config.to_dict(),

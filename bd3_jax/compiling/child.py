@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 
 from bd3_jax import config as settings
 from bd3_jax.compiling import hlo, targets, traffic
+from bd3_jax.compiling.advice import advice
 from bd3_jax.compiling.programs import largest_values, trace
-from bd3_jax.compiling.report import Report, advice
+from bd3_jax.compiling.report import Report
 from bd3_jax.errors import UserError
+from bd3_jax.sharding import slices_of
 
 MARK = "bd3-compile-report "
 
@@ -85,7 +87,7 @@ def compile_program(
         largest=hlo.largest_buffers(message)
         or hlo.largest_arrays(text)
         or largest_values(program.traced.jaxpr, program.rows, shards),
-        advice=[] if fits else advice(config, mode, program.held, chip, shards, len(devices)),
+        advice=[] if fits else advice(config, mode, program.held, chip, len(devices), slices_of(devices)),
         lower_seconds=lowered_at - began,
         compile_seconds=finished - lowered_at,
     )

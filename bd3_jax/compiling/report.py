@@ -6,7 +6,6 @@ from typing import Any
 
 from bd3_jax.compiling.hlo import Buffer, Collective
 from bd3_jax.compiling.targets import GIB, Chip
-from bd3_jax.config import Config
 
 GROUPS = {"train": "training", "eval": "eval", "sample": "sampling"}  # mode -> the settings that hold its batch size
 
@@ -133,31 +132,3 @@ class Report:
 def amount(size: int) -> str:
     """Bytes in GiB, or in MiB where that is easier to read."""
     return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.2f} MiB"
-
-
-def advice(config: Config, mode: str, held: dict[str, int], chip: Chip, shards: int, chips: int) -> list[str]:
-    """Settings that would need less memory, the cheapest in speed first.
-
-    `held`: bytes of the arguments by kind on one chip; `shards`: parts that the batch is split into.
-    """
-    found = []
-    if config.model.dtype == "float32" and chip.platform != "cpu":
-        found.append("--config.model.dtype=bfloat16 (half the activations)")
-    if config.model.attention == "dense":
-        found.append("--config.model.attention=auto (no [2L, 2L] scores)")
-    if mode == "train" and config.model.remat != "full":
-        found.append(
-            f"--config.model.remat={'block' if config.model.remat == 'none' else 'full'} (more computed again)"
-        )
-    if config.mesh.fsdp < chips and sum(held.values()) > chip.memory / 4:
-        found.append(f"--config.mesh.fsdp={chips} (parameters and optimiser split over the chips)")
-    group = GROUPS[mode]
-    batch = config.to_dict()[group]["batch_size"]
-    if batch > shards:
-        fewer = max(shards, batch // 2 // shards * shards)
-        found.append(
-            f"--config.{group}.batch_size={fewer} ({fewer // shards} rows a chip instead of {batch // shards})"
-        )
-    elif config.mesh.tensor < config.model.num_heads:
-        found.append(f"--config.mesh.tensor={2 * config.mesh.tensor} (heads and MLP columns split over more chips)")
-    return found

@@ -73,8 +73,13 @@ def search(
         rows, best = begin, None
         found = compile_one(_with(config, mode, policy, rows * shards), topology, mode, vocab_size)
         while found.fits:
-            best, rows = (rows, found), 2 * rows
-            found = compile_one(_with(config, mode, policy, rows * shards), topology, mode, vocab_size)
+            best = rows, found
+            try:
+                larger = _with(config, mode, policy, 2 * rows * shards)
+            except UserError:  # more tokens than a batch may have
+                break
+            rows *= 2
+            found = compile_one(larger, topology, mode, vocab_size)
         while best is None and rows > fewest:
             rows //= 2
             found = compile_one(_with(config, mode, policy, rows * shards), topology, mode, vocab_size)

@@ -18,7 +18,7 @@ from bd3_jax.models import chunked
 HEADS, HIDDEN = "heads", "mlp"
 """Names of q, k, v and of the MLP's input to its GELU, for rematerialisation policies."""
 REMAT_SAVED = (HEADS, HIDDEN, chunked.RESIDUALS)
-"""What the policy 'block' keeps of a layer; from its input and these nothing of weight is computed again."""
+"""What the policy 'block' keeps of a layer; of its products only attention's last, a twelfth, is computed again."""
 
 Streams = Float[Array, "b s L d"]
 Attend = Callable[[Array, Array, Array], Array]
@@ -49,6 +49,14 @@ def _normalise_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
 
 
 normalise.defvjp(_normalise, _normalise_bwd)
+
+
+def finish(
+    x: Float[Array, "b L d"], scale: Float[Array, "..."], shift: Float[Array, "..."] | None
+) -> Float[Array, "b L d"]:
+    """The last normalisation, after all layers."""
+    y = normalise(x) * scale
+    return (y if shift is None else y + shift).astype(x.dtype)
 
 
 def _dropout(x: Float[Array, "*n d"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*n d"]:
@@ -197,6 +205,7 @@ class Layer:
         y = normalise(x)
         x, y_q = x[:, :streams], y[:, :streams]
         if rotary is None:
+            assert at is None  # `attend` rotates all positions
             entries = ((self.q, y_q), (self.k, y), (self.v, y))
             q, k, v = (checkpoint_name(entry.side_by_side()(each, self.flat), HEADS) for entry, each in entries)
             return self._finish(x, self.attention_out(attend(q, k, v), self.flat), key_a, key_m), (k, v)

@@ -19,7 +19,7 @@ from bd3_jax.config import ModelConfig
 from bd3_jax.models import attention, flash, mesh
 from bd3_jax.models.flash_kernels import Pattern
 from bd3_jax.models.kv_cache import KVBlock, KVCache
-from bd3_jax.models.layer import REMAT_SAVED, Attend, normalise
+from bd3_jax.models.layer import REMAT_SAVED, Attend, finish
 from bd3_jax.models.platform import flat_products, settle
 from bd3_jax.models.tiles import tile_size
 from bd3_jax.models.transformer import Transformer
@@ -32,13 +32,6 @@ def rotary_angles(positions: Int[Array, "*b L"], head_dim: int) -> tuple[Array, 
     frequencies = (10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def _finish(
-    x: Float[Array, "b L d"], scale: Float[Array, "..."], shift: Float[Array, "..."] | None
-) -> Float[Array, "b L d"]:
-    y = normalise(x) * scale
-    return (y if shift is None else y + shift).astype(x.dtype)
 
 
 class Frozen(NamedTuple):
@@ -171,7 +164,7 @@ class Network:
         apply_block = self._rematerialised(apply_block)
         # The last layer stands outside the scan: of its clean half only keys and values are needed.
         last = self.model.num_layers - 1
-        if self.settled.scan_unroll >= last:
+        if self._is_unrolled:
             for index in range(last):
                 x = apply_block(x, index, jax.tree.map(lambda leaf, index=index: leaf[index], blocks), streams)
         else:
@@ -183,7 +176,7 @@ class Network:
             )
         noised = streams if clean is None else streams - 1
         x = apply_block(x, last, jax.tree.map(lambda leaf: leaf[last], blocks), noised)
-        return _finish(x.reshape(*tokens.shape, -1), *transformer.final(cond))
+        return finish(x.reshape(*tokens.shape, -1), *transformer.final(cond))
 
     def _attention(self, length: int, block_size: int, copies: int) -> tuple[Attend, tuple[Array, Array] | None]:
         """The pattern of `apply`, and the rotation that its operands need before; see `Layer.__call__`."""
@@ -227,8 +220,8 @@ class Network:
 
     @property
     def _is_unrolled(self) -> bool:
-        """Whether decoding goes through the layers without a scan."""
-        return self.settled.scan_unroll >= self.model.num_layers
+        """Whether there is no scan over the layers before the last."""
+        return self.settled.scan_unroll >= self.model.num_layers - 1
 
     def freeze(self, params: Params) -> Frozen:
         """What is the same at every call of `decode`, done once: the layers' weights as they compute.
@@ -309,7 +302,7 @@ class Network:
             x, earlier = jax.lax.scan(layer, x, jnp.arange(last), unroll=self.settled.scan_unroll)
             x, new = apply_layer(x, part(last), at)
             block = jax.tree.map(lambda before, newest: jnp.concatenate([before, newest[None]]), earlier, new)
-        return _finish(x[:, 0], *frozen.final), block
+        return finish(x[:, 0], *frozen.final), block
 
     def output(self, params: Params) -> tuple[Float[Array, "d V"], Float[Array, "V"]]:
         """The output layer. On a mesh its whole width is on every device: gathered once, and not for every use."""

@@ -7,7 +7,8 @@ import pytest
 
 from bd3_jax import cli
 from bd3_jax.compiling import run
-from bd3_jax.compiling.report import Report, advice
+from bd3_jax.compiling.advice import advice
+from bd3_jax.compiling.report import Report
 from bd3_jax.compiling.targets import CHIPS, GIB
 from bd3_jax.config import from_config_dict
 from bd3_jax.configs import owt
@@ -97,14 +98,29 @@ def test_advice_names_what_is_set():
     config = from_config_dict(owt.get_config("bd3lm,block_size=4"))
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense", dtype="float32"))
     held = {"parameters": 8 * GIB}
-    found = advice(dense, "train", held, CHIPS["v5e"], shards=4, chips=4)
+    found = advice(dense, "train", held, CHIPS["v5e"], chips=4)
     assert [line.split(" ")[0] for line in found] == [
-        "--config.model.dtype=bfloat16", "--config.model.attention=auto", "--config.model.remat=block",
-        "--config.mesh.fsdp=4", "--config.training.batch_size=256",
+        "--config.model.dtype=bfloat16", "--config.model.attention=auto", "--config.training.microbatches=2",
+        "--config.model.remat=block", "--config.mesh.fsdp=4", "--config.training.batch_size=256",
     ]  # fmt: skip
     few = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=4))
-    (only,) = advice(few, "eval", {"parameters": GIB}, CHIPS["v5e"], shards=4, chips=4)
+    (only,) = advice(few, "eval", {"parameters": GIB}, CHIPS["v5e"], chips=4)
     assert only.startswith("--config.mesh.tensor=2")
+
+
+def test_advice_is_what_the_machine_takes():
+    """512 rows in 2 parts over 256 chips, in two slices: no fewer rows, no further parts, nothing across slices."""
+    config = from_config_dict(owt.get_config("bd3lm,block_size=4"))
+    training = dataclasses.replace(config.training, batch_size=512, microbatches=2)
+    whole = dataclasses.replace(config, training=training, mesh=dataclasses.replace(config.mesh, tensor=1))
+    found = advice(whole, "train", {"parameters": 8 * GIB}, CHIPS["v5e"], chips=256, slices=2)
+    assert [line.split(" ")[0] for line in found] == ["--config.model.remat=block"]
+    split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=4))
+    found = advice(split, "train", {"parameters": 8 * GIB}, CHIPS["v5e"], chips=16)
+    assert "--config.mesh.fsdp=4" in [line.split(" ")[0] for line in found]
+    # 12 heads over 4 chips; 8 do not divide them.
+    few = dataclasses.replace(split, eval=dataclasses.replace(split.eval, batch_size=4))
+    assert advice(few, "eval", {"parameters": GIB}, CHIPS["v5e"], chips=16) == []
 
 
 @pytest.mark.parametrize("begin", [4, 512])
@@ -134,3 +150,10 @@ def test_a_search_without_gradients_tries_one_policy():
     compile_one = lambda config, *_: report(fits=config.eval.batch_size <= 32)
     found = [(policy, rows) for policy, rows, _ in run.search(config, "v5e:2x2", "eval", 0, compile_one)]
     assert found == [(config.model.remat, 8)]
+
+
+def test_a_search_ends_at_what_a_batch_may_hold():
+    """2**28 tokens, though the memory of these four chips never ends."""
+    config = from_config_dict(owt.get_config("mdlm"))
+    (found,) = run.search(config, "v5e:2x2", "eval", 0, lambda config, *_: report(fits=True))
+    assert found[1] * 4 * config.model.length == 2**28
