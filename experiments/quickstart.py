@@ -1,7 +1,7 @@
 """The whole path in a few minutes on two CPU cores: text, rows, training, likelihood, generated passages, a report.
 
 It runs the commands that a user would, and prints each before it runs. Run again, it finds what is finished and goes on
-from there. `make quickstart` calls it; flags after the script's name go to every command, as in
+from there. `make quickstart` calls it; settings after the name go to every command that takes some, as in
 
     python experiments/quickstart.py --config.training.num_steps=4000
 """

@@ -72,7 +72,10 @@ def moved(text: str, turns: float) -> float:
 def _parse(lines: list[str]) -> Computation:
     found = {}
     for line in lines:
-        if made := _INSTRUCTION.match(line):
+        made = _INSTRUCTION.match(line)
+        if made is None and " = " in line:
+            raise ValueError(f"the compiler writes an instruction in a way that is not known here: {line.strip()[:200]}")
+        if made:
             root, name, shape, kind, rest = made.groups()
             arrays = [
                 _Array(sum(hlo.array_bytes(f"{dtype}[{dims}]")), "S(" not in (layout or ""))
