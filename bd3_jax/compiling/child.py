@@ -84,6 +84,7 @@ def compile_program(
         call_floor=program.calls.floor if program.calls else None,
         cycles=hlo.estimated_cycles(text, turns),
         collectives=hlo.collectives(text, len(devices), turns),
+        kernels=hlo.kernels(text, turns),
         largest=hlo.largest_buffers(message)
         or hlo.largest_arrays(text)
         or largest_values(program.traced.jaxpr, program.rows, shards),

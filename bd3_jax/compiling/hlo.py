@@ -187,6 +187,16 @@ def estimated_cycles(text: str, turns: float) -> int:
     return round(sum(int(own[1]) * times for own, times in found if own))
 
 
+def kernels(text: str, turns: float) -> dict[str, int]:
+    """How often each Pallas kernel for TPU runs, by name; for `turns` see `instructions`."""
+    lines, entry = computations(text)
+    totals: dict[str, float] = defaultdict(float)
+    for _, line, times in instructions(lines, entry, turns):
+        if 'custom_call_target="tpu_custom_call"' in line and (name := re.match(r"\s+(?:ROOT )?%?([\w-]+)", line)):
+            totals[name[1]] += times
+    return {name: round(total) for name, total in totals.items()}
+
+
 def largest_buffers(message: str, count: int = 5) -> list[Buffer]:
     """The largest allocations that an out-of-memory message lists, the largest first."""
     found = [Buffer(_size(size), shape, operation) for size, operation, shape in _LARGEST.findall(message)]

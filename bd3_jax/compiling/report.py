@@ -38,6 +38,7 @@ class Report:
       compiler_seconds: the compiler's own estimate, where it has one.
       cycles: the TPU compiler's estimate over its fusions, loops included; kernels have none.
       collectives: in the order of their traffic.
+      kernels: how often each Pallas kernel for TPU runs: which attention it is.
       largest: buffers, the largest first.
       advice: settings that would need less memory, where it does not fit.
       lower_seconds: of tracing and lowering.
@@ -68,6 +69,7 @@ class Report:
     moved_bytes: float | None = None
     call_bytes: float | None = None
     call_floor: int | None = None
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -115,6 +117,8 @@ class Report:
             )
         if self.cycles:
             lines.append(f"the compiler's estimate over fusions: {self.cycles / 1e6:.1f} M cycles, loops included")
+        if self.kernels:
+            lines.append(f"kernels: {', '.join(f'{count} x {name}' for name, count in self.kernels.items())}")
         if chip.platform != "cpu" and self.fits:
             parts = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self.roofline(chip).items())
             lines.append(f"at published peaks at least: {parts}")

@@ -85,6 +85,13 @@ def test_cycles_count_loops():
     assert hlo.estimated_cycles(MODULE, 1) == 7 + 11 * 50
 
 
+def test_kernels_count_loops():
+    call = '  %flash_forward.3 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    other = '  %room = u8[8]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
+    module = MODULE.replace("  %gathered =", f"{call}{other}  %gathered =").replace("  %made =", f"{call}  %made =", 1)
+    assert hlo.kernels(module, 1) == {"flash_forward": 12}
+
+
 def test_bytes_of_shapes():
     assert hlo.array_bytes("(f32[2,3]{1,0:T(8,128)}, s32[], bf16[4]{0})") == [24, 4, 8]
 

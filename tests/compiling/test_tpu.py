@@ -64,6 +64,7 @@ def test_attention_compiles_for_every_chip(compile_tiny, topology, copies):
     assert sum(c.count for c in report.collectives) >= 1
     assert report.cycles > 0
     assert report.moved_bytes > 0
+    assert report.kernels == {"flash_forward": 2, "flash_backward": 2}  # of two layers
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
