@@ -74,7 +74,9 @@ def _parse(lines: list[str]) -> Computation:
     for line in lines:
         made = _INSTRUCTION.match(line)
         if made is None and " = " in line:
-            raise ValueError(f"the compiler writes an instruction in a way that is not known here: {line.strip()[:200]}")
+            raise ValueError(
+                f"the compiler writes an instruction in a way that is not known here: {line.strip()[:200]}"
+            )
         if made:
             root, name, shape, kind, rest = made.groups()
             arrays = [
