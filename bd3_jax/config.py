@@ -357,6 +357,9 @@ def _check_training(c: Config, require: Callable[..., None], at_least: Callable[
 
     at_least(1, "search.num_batches")
     at_least(1, "search.batch_size")
+    blocks = s.batch_size * (c.model.length // max(c.block_size, 1))
+    varies = not s.enabled or blocks > 1
+    require(varies, "search.batch_size", s.batch_size, "2 or more where a row is one block, whose variance is searched")
     for width in s.widths:
         require(0 < width < 1, "search.widths", s.widths, "0 < width < 1")
     if s.enabled:
@@ -371,7 +374,10 @@ def _check_training(c: Config, require: Callable[..., None], at_least: Callable[
 def _check_batches(c: Config, require: Callable[..., None]) -> None:
     """A slip of the finger would else end in the system's killing a program that fills the memory, without a word."""
     for path, size in (
-        ("training.batch_size, model.length", (c.training.batch_size, c.model.length)),
+        (
+            "training.batch_size, training.noise_copies, model.length",
+            (c.training.batch_size, c.training.noise_copies, c.model.length),
+        ),
         ("search.batch_size, model.length", (c.search.batch_size, c.model.length)),
         ("eval.batch_size, model.length", (c.eval.batch_size, c.model.length)),
         ("sampling.batch_size, sampling.max_length", (c.sampling.batch_size, c.sampling.max_length)),

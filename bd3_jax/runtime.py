@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from bd3_jax.errors import UserError
 
 LOST = 4
 """Exit status of a process whose fellows died or cannot be reached."""
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""How errors of JAX's runtime begin that no other process can have caused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Processes:
         """From flags, else from the environment; None for a program that is alone.
 
         The environment is JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; or that of a job of several
-        tasks under Slurm, or of a TPU slice of several hosts.
+        tasks under Slurm or Open MPI, or of a TPU slice of several hosts.
 
         Raises:
           UserError: some of the three are given and others are not, or they do not fit each other.
@@ -81,15 +85,25 @@ def _number(value: int | None, name: str, environment: Mapping[str, str]) -> int
 
 
 def _is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether JAX will find other processes: tasks of a Slurm job step, or hosts of a TPU slice."""
+    """Whether JAX will find other processes: tasks of a job of Slurm or Open MPI, or hosts of a TPU slice."""
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_JOB_ID" in environment:
         return int(environment["SLURM_STEP_NUM_TASKS"]) > 1
+    if "OMPI_MCA_orte_hnp_uri" in environment:
+        return int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     if "MEGASCALE_COORDINATOR_ADDRESS" in environment:
         return True
-    if "TPU_WORKER_HOSTNAMES" in environment:
-        return "," in environment["TPU_WORKER_HOSTNAMES"]
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if name in environment:
+            return "," in environment[name]
     # Elsewhere on Cloud TPU the machine's metadata tell, which JAX asks. A slice of one host is no mistake.
-    return "TPU_SKIP_MDS_QUERY" not in environment and Path("/dev/accel0").exists()
+    return "TPU_SKIP_MDS_QUERY" not in environment and has_tpu()
+
+
+def has_tpu(devices: Path = Path("/dev")) -> bool:
+    """Whether chips are attached: as accelerators up to v4, by VFIO, as other devices may be, from v5e on."""
+    if (devices / "accel0").exists():
+        return True
+    return importlib.util.find_spec("libtpu") is not None and any(devices.glob("vfio/[0-9]*"))
 
 
 def start(processes: Processes | None = None) -> None:
@@ -124,6 +138,8 @@ def alongside_others() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
+        if str(error).startswith(_OWN_FAULTS):
+            _leave(f"{traceback.format_exc()}\nerror: process {jax.process_index()} of {jax.process_count()} stops", 1)
         first = str(error).strip().splitlines()[0][:300]
         _leave(
             f"error: process {jax.process_index()} of {jax.process_count()} stops, for another one died or cannot be "

@@ -55,5 +55,8 @@ def get_config(string: str = "bd3lm,block_size=4") -> ConfigDict:
     config.model.update(width=width, num_layers=layers, num_heads=heads, cond_dim=cond)
     config.data.update(corpus="openwebtext", directory="data/owt", tokenizer="gpt2")
     config.eval.without_special = "training"  # as the paper's validations and searches, whatever training reads
+    # A row for every chip of `TOPOLOGY`; about as many rows as elsewhere.
+    config.eval.update(batch_size=256, num_batches=7)
+    config.search.update(batch_size=256, num_batches=7)
     base.set_recipe(config)
     return config

@@ -104,6 +104,10 @@ IMPOSSIBLE = [
     (dict(training__log_every=0), "config.training.log_every"),
     (dict(training__microbatches=3), "config.training.microbatches is 3; allowed: a divisor of training.batch_size"),
     (dict(training__noise_copies=0), "config.training.noise_copies is 0; allowed: 1 or more"),
+    (
+        dict(training__noise_copies=2**20),
+        "config.training.batch_size, training.noise_copies, model.length is (512, 104",
+    ),
     (dict(training__noise_copies=2, block_size=1024), "noise_copies is 2; allowed: 1 where a block is the whole row"),
     (dict(training__max_skipped=0), "config.training.max_skipped is 0; allowed: 1 or more"),
     (dict(training__keep_best=-1), "config.training.keep_best is -1; allowed: 0 or more"),
@@ -112,6 +116,7 @@ IMPOSSIBLE = [
     (dict(search__widths=(1.5,)), "config.search.widths is (1.5,); allowed: 0 < width < 1"),
     (dict(search__widths=0.5), "config.search.widths must be a tuple of float values, found 0.5"),
     (dict(search__widths=(0.5, "x")), "config.search.widths must be of type float, found 'x'"),
+    (dict(search__enabled=True, search__batch_size=1, block_size=1024), "search.batch_size is 1; allowed: 2 or more"),
     (dict(search__num_batches=0), "config.search.num_batches is 0; allowed: 1 or more"),
     (dict(search__enabled=True, noise__schedule="cosine"), "config.search.enabled is True; allowed: False with noise"),
     (
@@ -130,7 +135,10 @@ IMPOSSIBLE = [
         dict(sampling__max_length=2 * 10**9),
         "config.sampling.batch_size, sampling.max_length is (4, 2000000000); allowed: up to 2**28 tokens a batch",
     ),
-    (dict(training__batch_size=2**20), "config.training.batch_size, model.length is (1048576, 1024); allowed: up to"),
+    (
+        dict(training__batch_size=2**20),
+        "config.training.batch_size, training.noise_copies, model.length is (1048576, 1, 1024)",
+    ),
     (dict(eval__batch_size=2**20), "config.eval.batch_size, model.length is (1048576, 1024)"),
     (dict(search__batch_size=2**20), "config.search.batch_size, model.length is (1048576, 1024)"),
     (dict(sampling__weights="best"), "config.sampling.weights must be one of ema, raw; found 'best'"),

@@ -3,7 +3,7 @@
 import pytest
 
 from bd3_jax.errors import UserError
-from bd3_jax.runtime import Processes
+from bd3_jax.runtime import Processes, has_tpu
 
 ENVIRONMENT = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 
@@ -19,12 +19,25 @@ ENVIRONMENT = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_
         ((None, None, None), {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ((None, None, None), {"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, (None, None, None)),
+        ((None, None, None), {"OMPI_MCA_orte_hnp_uri": "1;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "2"}, (None, None, None)),
+        ((None, None, None), {"OMPI_MCA_orte_hnp_uri": "1;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
         ((None, None, None), {"MEGASCALE_COORDINATOR_ADDRESS": "a"}, (None, None, None)),
     ],
 )
 def test_where_they_are_found(flags, environment, wanted):
     found = Processes.of(*flags, 60, environment)
     assert found == (None if wanted is None else Processes(*wanted, 60))
+
+
+@pytest.mark.parametrize("name", ["accel0", "vfio/0", "vfio/vfio", "null"])
+def test_chips_of_every_generation_are_seen(name, tmp_path, monkeypatch):
+    """Those of v5e and later are groups of VFIO, as other devices may be where TPU's library is not installed."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for libtpu in (None, "found"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, libtpu=libtpu: libtpu)
+        assert has_tpu(tmp_path) == (name == "accel0" or (name == "vfio/0" and libtpu is not None))
 
 
 @pytest.mark.parametrize(

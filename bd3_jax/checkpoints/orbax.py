@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     EveryNSteps,
@@ -79,7 +81,7 @@ class Checkpoints:
         """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`.
 
         `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state. `score`:
-        the lower the better.
+        the lower the better; one that is not finite is none.
 
         Raises:
           UserError: the disk is full, or the like; it may be the one before that could not be written.
@@ -89,7 +91,7 @@ class Checkpoints:
             items["stream"] = grain.checkpoint.CheckpointSave(stream)
             position = position | {"hosts": jax.process_count()}
         items["position"] = ocp.args.JsonSave(position)
-        if score is not None:
+        if score is not None and math.isfinite(score):
             items["score"] = ocp.args.JsonSave({"score": score})
             self._scores[step] = score
         with self._saving():
@@ -116,6 +118,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for damaged in (folder / str(later) for later in steps if later > step):
                 damaged.rename(free_path(damaged.with_name(f"{damaged.name}.damaged")))
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
         return step, state, position
 

@@ -21,6 +21,7 @@ from bd3_jax.sampling.drawing import abstract_memory, abstract_weights, trace_st
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
+from bd3_jax.training.validation import check_batches
 
 # Tokenizer -> V with the mask, and the mask's id; neither text nor a tokenizer's file is needed to compile.
 VOCABULARIES = {
@@ -82,6 +83,7 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
     model = dataclasses.replace(model, network=dataclasses.replace(model.network, platform=platform))
     if mode == "train":
+        check_batches(config, mesh)
         _, _, state, traced = make_program(model, config, mesh)
         kinds = {"parameters": state.params, "average (EMA)": state.ema, "optimiser": state.opt_state}
         rows = config.training.batch_size

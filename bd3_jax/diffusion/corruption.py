@@ -47,7 +47,9 @@ def draw_clipped_mask(
     key_count, key_subset = jax.random.split(key)
     chance = move_chance[..., None]
     count = jnp.arange(block_size + 1)
-    log_choose = np.array([math.log(math.comb(block_size, k)) for k in range(block_size + 1)], np.float32)
+    of = math.lgamma(block_size + 1)
+    choose = [of - math.lgamma(k + 1) - math.lgamma(block_size - k + 1) for k in range(block_size + 1)]
+    log_choose = np.array(choose, np.float32)
     log_pmf = log_choose + _xlogy(count, chance) + _xlogy(block_size - count, 1 - chance)
     fits = lies_within(count / block_size, low, high)
     masked = jax.random.categorical(key_count, jnp.where(fits, log_pmf, -jnp.inf), mode="high")

@@ -1,7 +1,8 @@
 """The clipped interval of noise under which the training loss varies least (Block Diffusion, section 5.3).
 
 Every candidate is scored on the same rows: the unbiased variance of the mean loss of a block over all blocks of a
-global batch, averaged over batches. Noise is drawn and weighed as in training; there is no dropout.
+global batch, averaged over batches of more than one block. Noise is drawn and weighed as in training; there is no
+dropout.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class SearchResult:
         """Flat names for a line of `metrics.jsonl`."""
         table = [[*interval, variance] for interval, variance in zip(self.intervals, self.variances, strict=True)]
         low, high = self.best
-        best, full = min(self.variances), self.variances[0]
+        best, full = self.variances[self.intervals.index((low, high))], self.variances[0]
         return {
             "search/low": low, "search/high": high, "search/variance": best, "search/variance_unclipped": full,
             "search/candidates": table, "search/blocks": self.blocks, "search/seconds": self.seconds,
@@ -103,6 +104,9 @@ def search_interval(
     """
     began, score, scores, blocks = time.perf_counter(), _compiled(lm, split), [], 0
     for index, (rows, is_real) in enumerate(batches):
+        count = int(is_real.sum()) * (lm.length // lm.block_size)
+        if count < 2:
+            continue
         of_batch = jax.random.fold_in(key, index)
         placed = (jnp.asarray(rows), jnp.asarray(is_real))
         if split is not None:
@@ -114,8 +118,9 @@ def search_interval(
             ]
         )
         jax.block_until_ready(scores[-1])  # so that a batch more is a batch done
-        blocks += int(is_real.sum()) * (lm.length // lm.block_size)
-    variances = np.asarray(jax.device_get(scores), np.float64).mean(axis=0)
+        blocks += count
+    nothing = [[np.nan] * len(intervals)]
+    variances = np.asarray(jax.device_get(scores or nothing), np.float64).mean(axis=0)
     return SearchResult(intervals, tuple(variances.tolist()), blocks, time.perf_counter() - began)
 
 

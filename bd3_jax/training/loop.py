@@ -37,7 +37,7 @@ from bd3_jax.training.signals import Stopped, StopSignals
 from bd3_jax.training.speed import Clock, Profiler, flops_per_token
 from bd3_jax.training.state import learning_rate, start_state
 from bd3_jax.training.update import make_program
-from bd3_jax.training.validation import Samples, Validator, with_interval
+from bd3_jax.training.validation import Samples, Validator, check_batches, with_interval
 
 # Updates that the host may be ahead of the device: enough to keep it busy, few enough to stop within a moment.
 _IN_FLIGHT = 2
@@ -69,6 +69,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
     # ---------------------------------------------------------------------------------------------------- mesh
     mesh = sharding.make_mesh(config.mesh)
     batch_sharding = sharding.batch_sharding(mesh, training.batch_size, "config.training.batch_size")
+    check_batches(config, mesh)
     part, parts = sharding.host_share(batch_sharding, training.batch_size)
 
     # ---------------------------------------------------------------------------------------------------- data

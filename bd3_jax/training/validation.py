@@ -47,15 +47,20 @@ class Validation:
         return text
 
 
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where a batch of what is measured cannot be split over the mesh."""
+    measured = {"eval": True, "search": config.search.enabled, "sampling": config.training.sample_every > 0}
+    for group, due in measured.items():
+        if due:
+            sharding.batch_sharding(mesh, getattr(config, group).batch_size, f"config.{group}.batch_size")
+
+
 class Validator:
     """Measures on the first rows of `config.eval.split`: always the same ones, and the same noise."""
 
     def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, rows: Dataset | Stream):
-        """Raises UserError where a batch cannot be split over the mesh."""
         self._model, self._config, self._rows = model, config, rows
         self._split = sharding.batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
-        if config.search.enabled:
-            sharding.batch_sharding(mesh, config.search.batch_size, "config.search.batch_size")
 
     def __call__(self, state: TrainState, step: int, stop: StopSignals) -> Validation:
         """Raises Stopped when it is time to stop."""
@@ -88,7 +93,7 @@ class Samples:
     """Draws `config.sampling.num_samples` texts; the same seed at every step."""
 
     def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, tokenizer: Tokenizer):
-        """Raises UserError for a prompt that is too long, or a batch that cannot be split over the mesh."""
+        """Raises UserError for a prompt that is too long."""
         self._config, given = resolve(config.sampling, tokenizer.encode)
         self._tokenizer, self._batch_size = tokenizer, batch_size(self._config, model)
         self._split = sharding.batch_sharding(mesh, config.sampling.batch_size, "config.sampling.batch_size")

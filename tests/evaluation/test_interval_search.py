@@ -58,8 +58,21 @@ def test_one_program_for_all_candidates(toy_lm, random_params):
     assert interval_search._compiled(lm, None)._cache_size() == 1
 
 
+def test_a_batch_of_one_block_says_nothing(toy_lm, random_params):
+    """As the last one may be, and all of them where a row is one block."""
+    lm = toy_lm("bd3lm", 12, vocab_size=13)
+    params, rows = random_params(lm), np.random.default_rng(0).integers(0, 12, (3, 12)).astype(np.int32)
+    batches = [(rows, np.ones(3, bool)), (rows, np.array([True, False, False]))]
+    search = lambda batches: search_interval(lm, params, candidates(12, (0.5,)), batches, jax.random.key(0))
+    assert search(batches).variances == search(batches[:1]).variances
+    assert np.isfinite(search(batches).variances).all()
+    assert search(batches[1:]).best == (1e-3, 1.0)
+
+
 def test_the_first_of_the_smallest_wins():
     intervals = ((1e-3, 1.0), (0.1, 0.6), (0.2, 0.7), (0.3, 0.8))
+    result = SearchResult(intervals, (float("nan"), 2.0, 2.0, 3.0), blocks=4, seconds=1.0)
+    assert result.record()["search/variance"] == 2.0
     result = SearchResult(intervals, (3.0, 2.0, 2.0, float("nan")), blocks=4, seconds=1.0)
     assert result.best == (0.1, 0.6)
     assert result.table().count("<- chosen") == 1

@@ -89,20 +89,20 @@ def test_train(execute, tmp_path):
     for number in range(120):
         words = " ".join(" ".join(["red", "green", "blue", "white"]) for _ in range(rng.randrange(60, 80)))
         (tmp_path / "mine" / f"{number}.txt").write_text(words)
-    notebook = execute("train", TEXT=[str(tmp_path / "mine")], FOLDER=str(tmp_path / "made"), STEPS=21)
+    notebook = execute("train", TEXT=[str(tmp_path / "mine")], FOLDER=str(tmp_path / "made"), STEPS=20)
     workdir = tmp_path / "made" / "run"
 
     assert notebook.printed("def passages").startswith("120 documents, ")
     records = read_metrics(workdir)
     perplexities = {record["step"]: record["eval/perplexity"] for record in records if "eval/perplexity" in record}
-    assert list(perplexities) == [0, 7, 14, 21, 28, 35, 42]
-    assert perplexities[42] < perplexities[21] < perplexities[0]
-    assert "21,504 tokens, " in notebook.printed("flops_per_token(model)")
+    assert list(perplexities) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert perplexities[40] < perplexities[20] < perplexities[0]
+    assert "20,480 tokens, " in notebook.printed("flops_per_token(model)")
     for code in ("def curves", "settings.training.num_steps = 2 * STEPS"):
         assert len(notebook.shown(code, "image/png")) > 1000
-    assert f"{workdir}: continues after step 21 of 42" in notebook.printed("settings.training.num_steps = 2 * STEPS")
+    assert f"{workdir}: continues after step 20 of 40" in notebook.printed("settings.training.num_steps = 2 * STEPS")
     (sample,) = load_pretrained(str(workdir)).sample("def ", num_samples=1, seed=1)
-    assert notebook.printed("longer.sample(") == f"42 steps\n{sample.text}\n"
+    assert notebook.printed("longer.sample(") == f"40 steps\n{sample.text}\n"
     assert "train/loss" in (workdir / "report.html").read_text()
 
 

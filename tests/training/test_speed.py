@@ -96,7 +96,8 @@ def test_a_recipe_is_what_its_table_says(name):
         shapes = [leaf.shape for leaf in jax.tree.leaves(program.abstract.params)]
         assert sum(map(math.prod, shapes)) == parameters(config, vocab_size)
         assert float(mega) == pytest.approx(parameters(config, vocab_size) / 1e6, abs=0.05)
-        assert config.training.batch_size % targets.parse(module.TOPOLOGY).size == 0
+        for batch_size in (config.training.batch_size, config.eval.batch_size, config.search.batch_size):
+            assert batch_size % targets.parse(module.TOPOLOGY).size == 0
         assert config.search.enabled == (string.startswith("bd3lm") and config.block_size < lm.length)
 
 
