@@ -22,6 +22,9 @@ SamplerName = Literal[
     "analytic", "autoregressive",
 ]  # fmt: skip
 
+EPS = 1e-3
+"""The smallest time that is drawn, and the smallest survival probability: where an interval of noise begins."""
+
 # Which samplers can draw from which model: SUBS models predict x0, SEDD a ratio, AR the next token.
 _OF_MASKED_MODELS = ("first_hitting", "ancestral", "confidence", "threshold", "entropy_bounded", "remasking")
 SAMPLERS: dict[str, tuple[str, ...]] = {
@@ -284,7 +287,7 @@ def _check(c: Config) -> None:
         holds = f"a range that holds k/{c.block_size} for some k"
         require(can_clip(c.block_size, n.low, n.high), "noise.low, noise.high", (n.low, n.high), holds)
     if n.schedule != "loglinear":
-        full = n.low <= 1e-3 and n.high == 1
+        full = n.low <= EPS and n.high == 1
         require(full, "noise.schedule", n.schedule, "loglinear where noise.low or noise.high clips the interval")
 
     require(c.data.vocab_size > 0, "data.vocab_size", c.data.vocab_size, "1 or more")
@@ -388,10 +391,10 @@ def _check_batches(c: Config, require: Callable[..., None]) -> None:
 def lies_within(fraction: Any, low: Any, high: Any) -> Any:
     """Whether the masked fraction of a block lies in the clipped interval [low, high]; for numbers and arrays alike.
 
-    The bounds are inclusive, and k/B rounds in float32, hence the slack. At its end, 1e-3 or 1, a bound is waived.
+    The bounds are inclusive, and k/B rounds in float32, hence the slack. At its end, EPS or 1, a bound is waived.
     """
     slack = 1e-6
-    return ((fraction >= low - slack) | (low <= 1e-3)) & ((fraction <= high + slack) | (high >= 1))
+    return ((fraction >= low - slack) | (low <= EPS)) & ((fraction <= high + slack) | (high >= 1))
 
 
 def can_clip(block_size: int, low: float, high: float) -> bool:

@@ -1,4 +1,8 @@
-"""Records of a run: files of JSON lines, one object each. `metrics.jsonl` holds those of training and evaluation."""
+"""Records of a run: files of JSON lines, one object each. `metrics.jsonl` is training's, with its validations.
+
+What `bd3 eval` finds is in a file of its own: training, which may go on at the same time, drops records when it repeats
+steps, and in a bucket writes the file anew.
+"""
 
 import json
 import math
@@ -11,6 +15,7 @@ from bd3_jax.errors import UserError
 from bd3_jax.folders import append_text, write_text, writing
 
 FILE_NAME = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 Record = dict[str, Any]
 
@@ -50,6 +55,16 @@ def read_metrics(workdir: epath.Path, file_name: str = FILE_NAME) -> list[Record
         if type(record.get("step")) is not int:
             raise UserError(f"{path}: the record {json.dumps(record)[:80]} has no step, so it is not one of a run")
     return records
+
+
+def read_all(workdir: epath.Path) -> list[Record]:
+    """The records of training and those of `bd3 eval`, by step.
+
+    Raises:
+      UserError: a file is damaged, or no run's.
+    """
+    records = [*read_metrics(workdir), *read_metrics(workdir, EVALUATIONS)]
+    return sorted(records, key=lambda record: record["step"])
 
 
 def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NAME) -> None:

@@ -1,13 +1,11 @@
 """The README.md beside exported weights: what they are, what they were trained on, how to use them."""
 
-import json
-from typing import Any
-
 from etils import epath
 
 from bd3_jax.checkpoints.published import TOKENIZERS
 from bd3_jax.data.manifest import load_manifest
 from bd3_jax.errors import UserError
+from bd3_jax.metrics import read_all
 from bd3_jax.pretrained import Pretrained
 
 _UNKNOWN = "not stated by the source"
@@ -118,9 +116,7 @@ def _licence(workdir: epath.Path) -> str:
 def _evaluation(workdir: epath.Path) -> str:
     """The evaluations after the last step that was evaluated: the newest of each split and estimator."""
     try:
-        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        records = [record for record in records if "eval/perplexity" in record]
+        records = [record for record in read_all(workdir) if "eval/perplexity" in record]
         records = [record for record in records if record["step"] == records[-1]["step"]]
         newest = {(record["eval/split"], record["eval/estimator"]): record for record in records}
         return "; ".join(
@@ -128,7 +124,7 @@ def _evaluation(workdir: epath.Path) -> str:
             f"({estimator}) on {record['eval/tokens']:,} tokens of the {split} split, after {record['step']:,} steps"
             for (split, estimator), record in newest.items()
         ) or _UNKNOWN  # fmt: skip
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, UserError):
         return _UNKNOWN
 
 

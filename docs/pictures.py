@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from bd3_jax.config import EPS
 from bd3_jax.diffusion import corruption
-from bd3_jax.diffusion.schedules import EPS, SCHEDULES
+from bd3_jax.diffusion.schedules import SCHEDULES
 from bd3_jax.models.attention import block_causal_mask, block_diffusion_mask
 from bd3_jax.sampling.updates import FirstHitting
 

@@ -14,7 +14,7 @@ import time
 from etils import epath
 
 from bd3_jax.evaluation.report import comparable, series
-from bd3_jax.metrics import read_metrics, read_records
+from bd3_jax.metrics import read_all, read_records
 
 CONFIG = "configs/quickstart.py:bd3lm,block_size=8"
 WORKDIR = epath.Path("runs/quickstart")
@@ -54,7 +54,7 @@ def run(command: list[str]) -> int:
 
 
 def summary(seconds: float) -> str:
-    perplexity = series(comparable(read_metrics(WORKDIR)), "eval/perplexity")
+    perplexity = series(comparable(read_all(WORKDIR)), "eval/perplexity")
     (first_step, before), (last_step, after) = perplexity[0], perplexity[-1]
     passages = [sample["text"] for sample in read_records(WORKDIR / "samples.jsonl")[-3:]]
     lines = [

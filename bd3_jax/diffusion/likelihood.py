@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bd3_jax.config import NoiseConfig, ScheduleName
+from bd3_jax.config import EPS, NoiseConfig, ScheduleName
 from bd3_jax.diffusion import corruption, objectives, output_loss
 from bd3_jax.diffusion.output_loss import Chunks, Output
-from bd3_jax.diffusion.schedules import EPS, get_schedule
+from bd3_jax.diffusion.schedules import get_schedule
 
 
 @jax.tree_util.register_dataclass
@@ -110,8 +110,8 @@ def draw_low_variance(
 def draw_all_masked(x0: Int[Array, "b L"], block_size: int, noise: NoiseConfig, mask_id: int) -> Draw:
     """Everything masked, t = 1: at B = 1 the loss is the exact autoregressive likelihood, not a bound."""
     ones = jnp.ones((x0.shape[0], x0.shape[1] // block_size))
-    sigma = get_schedule("loglinear").total_noise(ones)
-    return _draw(x0, jnp.ones(x0.shape, bool), ones, sigma, block_size, mask_id, noise.ignore_bos)
+    nothing = jnp.zeros_like(ones)  # sigma, for a network that is not conditioned on time
+    return _draw(x0, jnp.ones(x0.shape, bool), ones, nothing, block_size, mask_id, noise.ignore_bos)
 
 
 def draw_copies(

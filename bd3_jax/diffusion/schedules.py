@@ -16,8 +16,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-EPS = 1e-3
-"""The smallest time that is drawn, and the smallest survival probability."""
+from bd3_jax.config import EPS
 
 Times = Float[Array, "..."]
 

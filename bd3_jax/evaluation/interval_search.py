@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bd3_jax import sharding
+from bd3_jax.config import EPS
 from bd3_jax.diffusion import likelihood
-from bd3_jax.diffusion.schedules import EPS
 from bd3_jax.evaluation.perplexity import Batch
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.network import Params

@@ -24,8 +24,7 @@ from bd3_jax.diffusion.orders import ORDERS
 from bd3_jax.errors import UserError
 from bd3_jax.folders import require_writable
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.metrics import FILE_NAME as METRICS
-from bd3_jax.metrics import append_metrics
+from bd3_jax.metrics import EVALUATIONS, append_metrics
 from bd3_jax.models.network import Params
 from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, param_shardings, place
 
@@ -290,14 +289,15 @@ def open_run(config: Config, workdir: epath.Path, dataset: Dataset | Stream, ste
     return OpenRun(found, lm, params, split)
 
 
-def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_name: str = METRICS) -> dict[str, Any]:
+def evaluate(config: Config, workdir: epath.Path, step: int | None = None) -> dict[str, Any]:
     """Evaluates a checkpoint on the whole of `config.eval.split`, prints and records the figures.
+
+    The record goes to WORKDIR/evaluations.jsonl.
 
     Args:
       config: settings of the run, and how to evaluate.
       workdir: the run.
       step: of the checkpoint; the newest by default.
-      file_name: of the records in `workdir` to which this one is appended.
 
     Returns:
       the record: `step`, `eval/nll`, `eval/perplexity` and the like.
@@ -323,7 +323,7 @@ def evaluate(config: Config, workdir: epath.Path, step: int | None = None, file_
             print(f"warning: the loss of {result.nonfinite} of {result.sequences} rows is not finite", file=sys.stderr)
         if not run.lm.is_exact:
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
-        append_metrics(workdir, record, file_name)
+        append_metrics(workdir, record, EVALUATIONS)
     return record
 
 

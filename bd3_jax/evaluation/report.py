@@ -14,7 +14,7 @@ from etils import epath
 from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
-from bd3_jax.metrics import read_metrics, read_records
+from bd3_jax.metrics import read_all, read_records
 
 Series = list[tuple[float, float]]
 
@@ -44,7 +44,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     Raises:
       UserError: when the folder does not hold the files of a run.
     """
-    metrics = read_metrics(workdir)
+    metrics = read_all(workdir)
     if not metrics:
         raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
     config = read_config(workdir)

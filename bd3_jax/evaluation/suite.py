@@ -13,7 +13,7 @@ from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, check_tokenizer, describe, evaluate_params, open_run
 from bd3_jax.folders import require_writable
-from bd3_jax.metrics import append_metrics
+from bd3_jax.metrics import EVALUATIONS, append_metrics
 
 # Corpus, its name in the paper, the split that is evaluated, and what the paper found for the models of `PUBLISHED`.
 ZEROSHOT = (
@@ -75,7 +75,7 @@ def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> d
         for corpus, result in results.items():
             for name in ("nll", "standard_error", "perplexity", "tokens"):
                 record[f"zeroshot/{corpus}/{name}"] = getattr(result, name)
-        append_metrics(workdir, record)
+        append_metrics(workdir, record, EVALUATIONS)
     return results
 
 

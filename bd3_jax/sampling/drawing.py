@@ -243,11 +243,13 @@ def draw(
     watch: Callable[[Drawn], None] | None = None,
     redraws: bool = True,
     ends: Callable[[Drawn], bool] = lambda drawn: False,
+    before_step: Callable[[], None] = lambda: None,
 ) -> Iterator[Drawn]:
     """Samples 0 to count - 1, in this order, at most `batch` at a time; see `Slots`, also for `redraws` and `ends`.
 
     A slot takes the next sample as soon as its own is finished. `watch` is called with every sample in progress
-    whenever a block of it is finished; the blocks then come one by one.
+    whenever a block of it is finished; the blocks then come one by one. `before_step` is called before every device
+    call, equally often on all processes; what it raises ends the drawing.
     """
     slots = Slots(sampler, params, rows, batch, sharding, 1 if watch else None, redraws, ends)
     finished: dict[int, Drawn] = {}
@@ -255,6 +257,7 @@ def draw(
     while following < count:
         slots.begin({slot: slots.new(index) for slot, index in zip(slots.free, waiting, strict=False)})
         in_progress = [drawn for drawn in slots.drawing if drawn]
+        before_step()
         finished |= {drawn.index: drawn for drawn in slots.step()}
         if watch:
             for drawn in in_progress:

@@ -82,6 +82,8 @@ def _train(config: Config, workdir: epath.Path) -> None:
     if newest is not None:
         if isinstance(dataset, Dataset):
             _check_data(dataset, workdir)
+        else:
+            _check_parts(parts, workdir, newest)
         run_folder.check_continues(config, workdir)
         newest = summarize(workdir).step
         if newest > num_steps or (newest == num_steps and _is_measured(workdir, newest)):
@@ -117,6 +119,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
     checkpoints = Checkpoints(workdir, training.keep_checkpoints, training.keep_every, training.keep_best)
     start, rows, measured = 0, 0, -1  # steps done, rows consumed, the last step with all that is done after it
     unrecorded: list[dict[str, Array | float]] = []  # metrics of the steps since the last record
+    score: float | None = None  # NLL of the validation after this step, if there was one
     if initial is not None:
         begin = functools.partial(start_state, program.optimizer, config)
         state = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(initial)
@@ -133,24 +136,29 @@ def _train(config: Config, workdir: epath.Path) -> None:
     # ------------------------------------------------------------------------------- what is done between steps
     def measure(step: int) -> None:
         """Validates, takes the best interval and draws samples, where they are due. Raises Stopped."""
-        nonlocal state, measured
+        nonlocal state, measured, score
         last = step == num_steps
         if step % training.eval_every == 0 or last:
             found = validate(state, step, stop)
             log.write(step, found.record())
             if host == 0:
                 bar.write(f"step {step}: {found.headline()}")
-            scores[step] = found.results[0].nll
+            score = found.results[0].nll
             if found.search:
                 state = with_interval(state, found.search.best)
         if draw_samples and step and (step % training.sample_every == 0 or last):
-            log.write(step, draw_samples(state, step))
+            log.write(step, draw_samples(state, step, stop))
         measured = step
+
+    def is_due(step: int) -> bool:
+        """Whether anything is measured or saved after it."""
+        every = (training.eval_every, training.sample_every, training.checkpoint_every)
+        return step == num_steps or any(each and step % each == 0 for each in every)
 
     def save(step: int) -> None:
         values = [{name: float(value) for name, value in metrics.items()} for metrics in unrecorded]
-        position = {"rows": rows, "measured": measured, "unrecorded": values}
-        checkpoints.save(step, state, position, stream, scores.get(step))
+        position = {"rows": rows, "measured": measured, "unrecorded": values, "parts": parts}
+        checkpoints.save(step, state, position, stream, score)
         log.upload()
 
     # ---------------------------------------------------------------------------------------------------- loop
@@ -160,7 +168,6 @@ def _train(config: Config, workdir: epath.Path) -> None:
     in_flight = InFlight(_IN_FLIGHT, training.max_skipped, int(state.skipped))
     clock = Clock(training.batch_size * model.length, flops_per_token(model))
     profiler = Profiler(workdir, start, config.profile_steps)
-    scores: dict[int, float] = {}  # step -> validation NLL
     step, failed, stopped = start, None, False
     # In a log file a line now and then is enough.
     often = 0.1 if sys.stderr.isatty() else 30
@@ -177,7 +184,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
             if measured < start:
                 measure(start)
             for step in range(start + 1, num_steps + 1):
-                began = time.perf_counter()
+                began, score = time.perf_counter(), None
                 local_rows = next(batches)
                 waited = time.perf_counter() - began
                 profiler.before(step)
@@ -186,10 +193,12 @@ def _train(config: Config, workdir: epath.Path) -> None:
                 profiler.after(step, metrics)
                 rows += training.batch_size
                 unrecorded.append(metrics)
-                failed = in_flight.add(Step(step, batch, metrics))
-                if step == num_steps and not failed:
+                failed, stopping = in_flight.add(Step(step, batch, metrics)), stop.poll()
+                if not failed and (stopping or is_due(step)):
+                    # The host may be ahead, and of a run that has failed nothing is to be saved.
                     failed = in_flight.drain()
                 if failed:
+                    log.write(step, _summary(unrecorded))
                     break
 
                 values = None
@@ -203,8 +212,8 @@ def _train(config: Config, workdir: epath.Path) -> None:
                     speed = f"{times['train/tokens_per_second']:,.0f} tokens/s"
                     bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {speed}", refresh=False)
 
-                # Before saving, so that a checkpoint's metrics are complete up to its step.
-                if stop.poll():
+                # Not before, so that a checkpoint's metrics are complete up to its step.
+                if stopping:
                     raise Stopped
                 measure(step)
                 if step % training.checkpoint_every == 0 or step == num_steps:
@@ -269,6 +278,16 @@ def _check_data(dataset: Dataset, workdir: epath.Path) -> None:
             raise UserError(
                 f"the {name} in {dataset.directory} is not the one that {workdir} began with: found {new}, wanted {old}"
             )
+
+
+def _check_parts(parts: int, workdir: epath.Path, step: int) -> None:
+    """Raises UserError where the hosts of a streamed run would not go on reading what each of them has read."""
+    began_with = (read_position(workdir, step) or {}).get("parts", parts)
+    if began_with != parts:
+        raise UserError(
+            f"the hosts read {parts} part(s) of every batch with this config.mesh, but {began_with} when {workdir} was "
+            "saved, each with its own place in the stream; allowed: a mesh that splits rows over hosts as before"
+        )
 
 
 def _tell_rate(config: Config, workdir: epath.Path, step: int) -> None:

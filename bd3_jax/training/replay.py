@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Int
 
 from bd3_jax import sharding
+from bd3_jax.checkpoints import run_folder
 from bd3_jax.checkpoints.orbax import FOLDER as CHECKPOINTS
 from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
 from bd3_jax.config import Config
@@ -99,13 +100,15 @@ def replay(config: Config, workdir: epath.Path) -> bool:
     number = latest_step(workdir / FOLDER)
     if number is None:
         raise UserError(f"{workdir} has no {FOLDER}: no training that stopped there by itself, with status {STATUS}")
+    run_folder.check_continues(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     ids = load_tokenizer(workdir / "tokenizer").ids
     model = LanguageModel.from_config(config, ids, sharding.batch_shards(mesh))
     program = make_program(model, config, mesh)
     number, state, then = Checkpoints(workdir / FOLDER, keep=1).restore(number, program.abstract)
     rows = np.asarray(then["rows"], np.int32)
-    split = sharding.batch_sharding(mesh, len(rows) // config.training.microbatches, "config.training.batch_size")
+    together = len(rows) // config.training.microbatches
+    split = sharding.batch_sharding(mesh, together, "config.training.batch_size / microbatches")
     batch = sharding.place(rows, split)
 
     key = step_key(config.seed, number - 1)

@@ -58,11 +58,15 @@ class StopSignals:
                 self.signal = self.signal or int(self._asked.popleft())
         return self.signal != 0
 
+    def check(self) -> None:
+        """Raises Stopped when it is time to stop."""
+        if self.poll():
+            raise Stopped
+
     def checked(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until it is time to stop. Raises Stopped then."""
         for item in items:
-            if self.poll():
-                raise Stopped
+            self.check()
             yield item
 
     def _note(self, number: int, frame: FrameType | None) -> None:

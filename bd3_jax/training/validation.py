@@ -100,15 +100,16 @@ class Samples:
         self._sampler = Sampler.from_config(model, self._config)
         self._row = self._sampler.canvas([given])[0]
 
-    def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
-        """Flat names for a line of `metrics.jsonl`: the texts, and means over them."""
+    def __call__(self, state: TrainState, step: int, stop: StopSignals) -> dict[str, Any]:
+        """Flat names for a line of `metrics.jsonl`: the texts, and means over them. Raises Stopped."""
         c = self._config
         drawn = [
             Sample.of(sample, c.seed, step, self._tokenizer)
-            # Those of a model that has learnt little may well be degenerate.
             for sample in draw(
-                self._sampler, state.ema, self._row, c.num_samples, self._batch_size, self._split, redraws=False
+                self._sampler, state.ema, self._row, c.num_samples, self._batch_size, self._split,
+                redraws=False,  # those of a model that has learnt little may well be degenerate
+                before_step=stop.check,
             )
-        ]
+        ]  # fmt: skip
         means = {name: sum(getattr(s, name) for s in drawn) / len(drawn) for name in ("nfe", "length", "entropy")}
         return {"samples/text": [s.text for s in drawn]} | {f"samples/{name}": mean for name, mean in means.items()}

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from bd3_jax.diffusion.schedules import EPS, SCHEDULES, get_schedule
+from bd3_jax.config import EPS
+from bd3_jax.diffusion.schedules import SCHEDULES, get_schedule
 
 # Where p is not clamped; cosine's loss scale has p + eps in the denominator.
 DENOMINATOR = {"cosine": lambda p: p + EPS}

@@ -4,7 +4,6 @@ A mesh of fewer devices than there are takes the first of them.
 """
 
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -20,8 +19,7 @@ from bd3_jax.compiling import hlo
 from bd3_jax.config import MeshConfig
 from bd3_jax.data.pipeline import open_dataset, train_batches
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.training.state import init_state, make_optimizer, shard_state
-from bd3_jax.training.update import make_update
+from bd3_jax.training.update import make_program
 
 
 def main(folder: epath.Path, steps: int, meshes: list[str]) -> None:
@@ -32,17 +30,11 @@ def main(folder: epath.Path, steps: int, meshes: list[str]) -> None:
 
 def run(config, dataset, steps, name):
     shape = MeshConfig(*(int(size) for size in name.split("x")))
-    if shape.data * shape.fsdp * shape.tensor == 1:
-        devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-        mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    else:
-        mesh = sharding.make_mesh(shape)
+    mesh = sharding.make_mesh(shape, jax.devices()[: shape.data * shape.fsdp * shape.tensor])
     model = LanguageModel.from_config(config, dataset.tokenizer.ids, sharding.batch_shards(mesh))
-    optimizer = make_optimizer(config.optimizer, steps)
-    init = functools.partial(init_state, model.network, optimizer, config, jax.random.key(1))
-    abstract = shard_state(mesh, model.network, optimizer, jax.eval_shape(init))
-    shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    state = jax.jit(init, out_shardings=shardings)()
+    program = make_program(model, config, mesh)
+    shardings = jax.tree.map(lambda array: array.sharding, program.abstract)
+    state = jax.jit(program.init, out_shardings=shardings)()
     # The output layer starts at 0 and would hide the gradients behind it.
     noise = lambda path, p: p + 0.02 * np.random.default_rng(p.size).normal(size=p.shape).astype(np.float32)
     noisy = jax.device_put(jax.tree_util.tree_map_with_path(noise, jax.device_get(state.params)), shardings.params)
@@ -57,8 +49,7 @@ def run(config, dataset, steps, name):
     for part, tree in trees.items():
         held |= {f"{part}/qkv": shard(tree["blocks"]["qkv"]), f"{part}/output": shard(tree["output"]["kernel"])}
 
-    update = jax.jit(make_update(model, optimizer, config, rows), donate_argnums=0, out_shardings=(shardings, None))
-    update, losses = update.lower(state, batch).compile(), []
+    update, losses = program.update.lower().compile(), []
     memory, text = update.memory_analysis(), update.as_text()
     for step in range(steps):
         state, metrics = update(state, batch)

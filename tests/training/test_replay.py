@@ -1,11 +1,13 @@
 """A run whose numbers are not finite stops with status 3, and `bd3 replay` repeats the step."""
 
+import dataclasses
 import json
 
 import pytest
 from etils import epath
 
 from bd3_jax import cli
+from bd3_jax.checkpoints.orbax import latest_step
 from bd3_jax.errors import UserError
 from bd3_jax.metrics import read_metrics
 from bd3_jax.training.loop import train
@@ -18,6 +20,18 @@ DIVERGES = {
     "training.max_skipped": 3,
     "training.checkpoint_every": 3,
 }
+
+
+@pytest.mark.slow
+def test_a_run_that_has_failed_is_not_saved(tiny_config, tmp_path):
+    """Though the host, which is ahead, comes to the checkpoint before it knows."""
+    config, workdir = tiny_config("ar", **DIVERGES | {"training.checkpoint_every": 4}), epath.Path(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        train(config, workdir)
+    assert (latest_step(workdir), latest_step(workdir / "failed_step")) == (None, 4)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, width=32))
+    with pytest.raises(UserError, match=r"config\.model\.width is 32, but"):
+        replay(wider, workdir)
 
 
 @pytest.mark.slow
