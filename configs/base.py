@@ -81,7 +81,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 checkpoint_every=5000,
                 keep_checkpoints=2,  # the last so many
                 keep_every=0,  # besides, the checkpoints of every so many steps for good; 0: none
-                keep_best=0,  # besides, so many with the lowest validation NLL
+                keep_best=0,  # besides, so many with the lowest NLL, of those at whose step there was a validation
                 sigterm_status=143,  # exit status after SIGTERM; 0 would say that all is done
                 wandb_project="",  # project of Weights & Biases (package wandb) that gets the metrics too; empty: none
             ),

@@ -47,4 +47,5 @@ def get_config(string: str = "bd3lm,block_size=4") -> ConfigDict:
     config.eval.split = "test"
     config.sampling.update(max_length=128, num_steps=128)
     base.set_recipe(config)
+    config.training.keep_best = 0  # the test set is there to measure, not to choose
     return config
