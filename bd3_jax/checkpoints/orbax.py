@@ -2,11 +2,13 @@
 
 A checkpoint appears under its final name when it is complete, so an interrupted save leaves nothing that could be read.
 One that cannot be read all the same, as after a bad disk or half a copy, is passed over with a warning, in favour of
-the one before. `WORKDIR/config.json` beside them says what they are checkpoints of.
+the one before. Where the system will not read now what it may read later, the program ends and changes nothing.
+`WORKDIR/config.json` beside them says what they are checkpoints of.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -41,6 +43,14 @@ from bd3_jax.folders import free_path
 State = TypeVar("State")
 T = TypeVar("T")
 FOLDER = "checkpoints"
+
+# What the system says of a file that is damaged or lost; whatever else it says may pass, as too many open files do.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+# Where no system's number stands in them, what TensorStore's errors begin with when a bucket does not answer or refuses.
+_PASSING = (
+    "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)  # fmt: skip
 
 # Orbax logs the tracebacks of all threads in which a save failed, and raises the exception besides.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -110,7 +120,8 @@ class Checkpoints:
           stream: what the run reads, if rows are streamed; it moves to its place.
 
         Raises:
-          UserError: no checkpoint can be read, or `stream` was saved by another number of hosts.
+          UserError: no checkpoint can be read, or `stream` was saved by another number of hosts; or the system would
+            not read, and nothing was changed.
         """
         folder, steps = self._manager.directory, sorted(self._manager.all_steps(), reverse=True)
         restore = functools.partial(self._restore, abstract, stream)
@@ -148,11 +159,10 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            # TensorStore's errors are ValueErrors that end in the system's number.
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            if isinstance(error, ValueError) and not number:
+            number = _system_number(error)
+            if isinstance(error, ValueError) and number is None:
                 raise
-            reason = os.strerror(int(number[1])) if number else error
+            reason = error if number is None else os.strerror(number)
             raise UserError(
                 f"cannot write a checkpoint in {self._manager.directory}: {reason}; the last complete one is "
                 f"{self._manager.latest_step()}, from which the same command continues"
@@ -175,18 +185,27 @@ class _Best(PreservationPolicy):
 
 
 def _read_scores(folder: epath.Path) -> dict[int, float]:
-    found = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
-    paths = {step: folder / str(step) / "score" / "metadata" for step in found}
-    return {step: json.loads(path.read_text())["score"] for step, path in paths.items() if path.exists()}
+    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    found = {step: (_read_json(folder, step, "score") or {}).get("score") for step in steps}
+    return {step: score for step, score in found.items() if isinstance(score, float) and math.isfinite(score)}
 
 
 def read_position(workdir: epath.Path, step: int) -> dict[str, Any] | None:
-    """The JSON that `Checkpoints.save` got with the state of that step; None where there is none, or it is damaged."""
-    path = workdir.resolve() / FOLDER / str(step) / "position" / "metadata"
+    """The JSON that `Checkpoints.save` got with the state of that step; None where there is none, or it is damaged.
+
+    Raises:
+      UserError: the system would not read it.
+    """
+    return _read_json(workdir.resolve() / FOLDER, step, "position")
+
+
+def _read_json(folder: epath.Path, step: int, item: str) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads((folder / str(step) / item / "metadata").read_text())
+    except Exception as error:
+        _require_damage(error, folder, step)
         return None
+    return found if isinstance(found, dict) else None
 
 
 def latest_step(workdir: epath.Path) -> int | None:
@@ -285,7 +304,8 @@ def _newest_readable(folder: epath.Path, newest_first: Sequence[int], read: Call
     Where several hosts read, what is damaged must be so for all of them, as on a shared file system.
 
     Raises:
-      UserError: none can be read, or `read` raised one.
+      UserError: none can be read, or `read` raised one, or the system would not read, which says nothing of what is in
+        a checkpoint.
     """
     failures: list[str] = []
     for step in newest_first:
@@ -294,12 +314,46 @@ def _newest_readable(folder: epath.Path, newest_first: Sequence[int], read: Call
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last from a device's lack of memory
             raise
         except Exception as error:  # Orbax and TensorStore raise nearly everything for a damaged file
+            _require_damage(error, folder, step)
             failures.append(f"{step} ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
             continue
         for failure in failures:
             print(f"warning: {folder}: passed over the damaged checkpoint {failure}; used {step}", file=sys.stderr)
         return found
     raise UserError(f"{folder}: no checkpoint can be read, of {'; '.join(failures)}; put a good copy there")
+
+
+def _require_damage(error: Exception, folder: epath.Path, step: int) -> None:
+    """Raises UserError where `error`, met in reading that checkpoint, may pass."""
+    if reason := _passing(error):
+        raise UserError(
+            f"{folder}: checkpoint {step} cannot be read now: {reason}; nothing was changed; allowed: the same command "
+            f"when that is mended, or without {step}/"
+        ) from error
+
+
+def _passing(error: BaseException | None) -> str | None:
+    """What the system or a bucket said, where `error` comes of that and not of damage; else None."""
+    while error is not None:
+        number, text = _system_number(error), " ".join(str(error).split())[:200]
+        if number is not None:
+            return None if number in _DAMAGE else os.strerror(number)
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            return text or type(error).__name__
+        # Buckets are read through libraries that have errors of their own.
+        library = type(error).__module__.partition(".")[0]
+        if text.startswith(_PASSING) or library in ("gcsfs", "aiohttp", "google"):
+            return f"{type(error).__name__}: {text}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _system_number(error: BaseException) -> int | None:
+    """The system's number of an error; TensorStore's are ValueErrors that end in it."""
+    if isinstance(error, OSError):
+        return error.errno
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(number[1]) if number else None
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:

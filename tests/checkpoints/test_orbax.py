@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
 import re
 import resource
 import shutil
@@ -13,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bd3_jax.checkpoints import run_folder
-from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, restore_params, summarize
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step, read_position, restore_params, steps, summarize
 from bd3_jax.errors import UserError
 
 
@@ -197,6 +199,102 @@ def test_parameters_of_the_checkpoint_before_a_damaged_one(run, capsys, files_in
     assert files_in(workdir) == before
     with pytest.raises(UserError, match=r"no checkpoint can be read, of 3 \("):
         restore_params(config, workdir, "raw", step=3)
+
+
+class HttpError(Exception):
+    """As that of gcsfs."""
+
+
+HttpError.__module__ = "gcsfs.retry"
+
+
+def wrapped(message):
+    """As Orbax passes on what TensorStore says of one array."""
+    try:
+        raise ValueError(message)
+    except ValueError as error:
+        caught = Exception("Encountered error while reading array index")
+        caught.__cause__ = error
+        return caught
+
+
+PASSING = {
+    "too many open files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files"),
+    "no permission": (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a"), "Permission denied"),
+    "a server that is away": (wrapped("UNKNOWN: a [os_error_code='116']"), "Stale file handle"),
+    "a bucket that is away": (wrapped("UNAVAILABLE: HTTP 503"), "ValueError: UNAVAILABLE: HTTP 503"),
+    "a bucket's files": (HttpError("Service Unavailable, 503"), "HttpError: Service Unavailable, 503"),
+    "a bucket without permission": (OSError("Forbidden: b/o"), "Forbidden: b/o"),
+    "a bucket that is slow": (TimeoutError(), "TimeoutError"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_no_damage(run, files_in, monkeypatch, name):
+    """Of the newest checkpoint: nobody goes on from the one before, and nothing is renamed."""
+    config, workdir = run
+    error, reason = PASSING[name]
+
+    def fail(*args, **options):
+        raise error
+
+    before = files_in(workdir)
+    checkpoints = Checkpoints(workdir, keep=2)
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
+    message = f"checkpoints: checkpoint 3 cannot be read now: {re.escape(reason)}; nothing was changed; allowed: the"
+    for read in (
+        lambda: checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0))),
+        lambda: restore_params(config, workdir, "ema"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read()
+        assert len(str(caught.value).splitlines()) == 1
+    assert files_in(workdir) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO])
+@pytest.mark.parametrize("text", [False, True])
+def test_what_the_system_says_of_damage(run, monkeypatch, number, text):
+    error = wrapped(f"UNKNOWN: a [os_error_code='{number}']") if text else OSError(number, os.strerror(number))
+    real = Checkpoints._restore
+
+    def restore(self, abstract, stream, step):
+        if step == 3:
+            raise error
+        return real(self, abstract, stream, step)
+
+    monkeypatch.setattr(Checkpoints, "_restore", restore)
+    assert Checkpoints(run[1], keep=2).restore(3, jax.eval_shape(make, jnp.int32(0)))[0] == 2
+
+
+def test_a_file_that_cannot_be_opened_is_no_damage(run, files_in):
+    """TensorStore itself says so, of a link that leads to itself."""
+    _, workdir = run
+    for path in (workdir / "checkpoints" / "3" / "state" / "d").iterdir():
+        path.unlink()
+        path.symlink_to(path.name)
+    checkpoints = Checkpoints(workdir, keep=2)
+    with pytest.raises(UserError, match="checkpoint 3 cannot be read now: Too many levels of symbolic links; nothing"):
+        checkpoints.restore(3, jax.eval_shape(make, jnp.int32(0)))
+    assert steps(workdir) == [2, 3]
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[1]", "\xff"])
+def test_a_damaged_position_is_none(run, content):
+    path = run[1] / "checkpoints" / "3" / "position" / "metadata"
+    path.write_text(content, encoding="latin-1")
+    assert read_position(run[1], 3) is None
+    assert read_position(run[1], 2) == {"rows": 20, "losses": [0.1, 1 / 3]}
+    assert read_position(run[1], 1) is None
+
+
+def test_a_position_that_cannot_be_read_now(run, monkeypatch):
+    def fail(*args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("pathlib.Path.read_text", fail)
+    with pytest.raises(UserError, match="checkpoint 3 cannot be read now: Permission denied; nothing was changed"):
+        read_position(run[1], 3)
 
 
 def test_no_checkpoint_that_can_be_read(run):

@@ -1,5 +1,7 @@
 """Which checkpoints stay."""
 
+import math
+
 import jax.numpy as jnp
 import pytest
 
@@ -26,3 +28,19 @@ def test_the_last_those_of_every_so_many_steps_and_the_best(tmp_path, keep, ever
             checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step}, score=SCORES[step])
         checkpoints.close()
     assert steps(tmp_path) == kept
+
+
+@pytest.mark.parametrize("content", ["", "{", "[2.0]", '{"score": null}', '{"score": NaN}', '{"score": -Infinity}'])
+def test_a_damaged_score_is_none(tmp_path, content):
+    """The run begins all the same, and that checkpoint is not the best."""
+    scores = {1: 3.0, 2: 2.0, 3: 5.0}
+    checkpoints = Checkpoints(tmp_path, keep=3, best=1)
+    for step, score in scores.items():
+        checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step}, score=score)
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "2" / "score" / "metadata").write_text(content)
+    checkpoints = Checkpoints(tmp_path, keep=1, best=1)
+    for step, score in {4: math.nan, 5: 4.0}.items():
+        checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step}, score=score)
+    checkpoints.close()
+    assert steps(tmp_path) == [1, 5]
