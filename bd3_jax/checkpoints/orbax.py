@@ -46,7 +46,7 @@ FOLDER = "checkpoints"
 
 # What the system says of a file that is damaged or lost; whatever else it says may pass, as too many open files do.
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-# Where no system's number stands in them, what TensorStore's errors begin with when a bucket does not answer or refuses.
+# What TensorStore's errors begin with where a bucket does not answer or refuses; no system's number stands in them.
 _PASSING = (
     "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
     "UNAUTHENTICATED",
