@@ -40,7 +40,7 @@ def model_card(loaded: Pretrained, name: str, weights: str) -> str:
         "network": f"{a.num_layers} layers, width {a.width}, {a.num_heads} heads, "
         + (f"adaLN with {a.cond_dim} features, " if a.adaln else "no adaLN, ")
         + f"{_count(loaded):,} parameters, float32",
-        "vocabulary V": f"{a.vocab_size:,} with the mask (id {loaded.mask_id})",
+        "vocabulary V": f"{a.vocab_size:,} with the mask" + (f" (id {a.ids.mask})" if a.ids else ""),
         "noise": f"{a.schedule}, t in [{a.low}, {a.high}]"
         + (" (searched)" if searched else "")
         + f"; position 0 is {'never' if a.ignore_bos else 'also'} masked",

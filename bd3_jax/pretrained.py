@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from bd3_jax.checkpoints.published import TOKENIZERS, Architecture
+from bd3_jax.checkpoints.published import TOKENIZER, TOKENIZERS, USUAL_IDS, Architecture
 from bd3_jax.checkpoints.source import Source, Weights, open_source
 from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig, from_config_dict
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -27,8 +27,6 @@ from bd3_jax.sampling.streaming import pieces
 from bd3_jax.sampling.trace import Replay, Trace
 from bd3_jax.special_ids import SpecialIds
 
-BERT_VOCABULARY, BERT_CLS, BERT_MASK = 30522, 101, 103
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
@@ -36,7 +34,8 @@ class Pretrained:
 
     Attributes:
       source: where they come from.
-      architecture: what the source says they are weights of, overrides included.
+      architecture: what the source says they are weights of, overrides included; its `ids` are None where neither the
+        source nor a tokenizer says them, and then nothing can be sampled or evaluated.
       config: complete settings; evaluation and sampling take their defaults from here.
       model: the objective bound to the network.
       params: float32, on the default device.
@@ -68,7 +67,8 @@ class Pretrained:
 
     @property
     def mask_id(self) -> int:
-        return self.model.ids.mask
+        """Raises UserError where it is not known, as `sample` and `perplexity` do."""
+        return self._ids().mask
 
     @property
     def model_config(self) -> ModelConfig:
@@ -191,8 +191,17 @@ class Pretrained:
             )
         return self.tokenizer
 
+    def _ids(self) -> SpecialIds:
+        if self.architecture.ids is None:
+            raise UserError(
+                f"{self.source} does not say which ids are BOS, EOS and the mask, for it has no {TOKENIZER}; put the "
+                f"one it was trained with there, or pass load_pretrained(..., tokenizer=...) that {TOKENIZER}"
+            )
+        return self.architecture.ids
+
     def sampling(self, **settings: Any) -> SamplingConfig:
         """`config.sampling` with some fields replaced. Raises UserError where it, or the model, cannot serve."""
+        self._ids()
         if self.objective != "sedd" and self.model.network.time_conditioned:
             raise UserError(
                 f"{self.source} is conditioned on time; {self.objective}'s samplers are for models that are not"
@@ -201,6 +210,7 @@ class Pretrained:
 
     def evaluation(self, **settings: Any) -> EvalConfig:
         """`config.eval` with some fields replaced. Raises UserError where it, or the model, cannot serve."""
+        self._ids()
         c = self._with("eval", settings).eval
         if self.model.network.time_conditioned and self.objective != "ar":
             if self.block_size < self.model.length:
@@ -288,10 +298,16 @@ def load_pretrained(
     opened = open_source(str(source), weights, revision, token)
     architecture, config = _override(opened, objective, block_size)
     found, reason = _find_tokenizer(opened, tokenizer)
-    ids = found.ids if found else _usual_ids(architecture.vocab_size)
-    if ids.vocab_size != architecture.vocab_size:
-        raise UserError(f"the tokenizer has V = {ids.vocab_size} with the mask, {source} {architecture.vocab_size}")
-    model = LanguageModel.from_config(config, ids)
+    vocab_size, ids = architecture.vocab_size, architecture.ids
+    if found and found.ids.vocab_size != vocab_size:
+        raise UserError(f"the tokenizer has V = {found.ids.vocab_size} with the mask, {source} {vocab_size}")
+    if found and ids not in (None, found.ids):
+        raise UserError(f"the tokenizer has {found.ids}, but the config.json of {source} says {ids}")
+    ids = found.ids if found else ids or USUAL_IDS.get(vocab_size)
+    architecture = dataclasses.replace(architecture, ids=ids)
+    # Where nobody says them: those of the authors' stored numbers, for `bd3 parity`. `apply` needs none.
+    last = SpecialIds(bos=vocab_size - 2, eos=vocab_size - 2, mask=vocab_size - 1, vocab_size=vocab_size)
+    model = LanguageModel.from_config(config, ids or last)
     network = dataclasses.replace(model.network, time_conditioned=architecture.time_conditioned)
     model = dataclasses.replace(model, network=network)
     everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -338,17 +354,10 @@ def _find_tokenizer(source: Source, wanted: Tokenizer | str | None) -> tuple[Tok
         return load_tokenizer(wanted), ""
     if source.tokenizer is not None:
         return load_tokenizer(source.tokenizer), ""
-    vocab_size = source.architecture.vocab_size
-    if vocab_size not in TOKENIZERS:
+    vocab_size, ids = source.architecture.vocab_size, source.architecture.ids
+    if vocab_size not in TOKENIZERS or ids not in (None, USUAL_IDS[vocab_size]):
         return None, f"none is known for V = {vocab_size}"
     try:
         return load_tokenizer(TOKENIZERS[vocab_size]), ""
     except UserError as error:
         return None, str(error)
-
-
-def _usual_ids(vocab_size: int) -> SpecialIds:
-    """Those of GPT-2, where the mask comes after EOS at the end, but for BERT's vocabulary."""
-    if vocab_size == BERT_VOCABULARY:
-        return SpecialIds(bos=BERT_CLS, eos=BERT_CLS, mask=BERT_MASK, vocab_size=vocab_size)
-    return SpecialIds(bos=vocab_size - 2, eos=vocab_size - 2, mask=vocab_size - 1, vocab_size=vocab_size)

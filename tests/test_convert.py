@@ -43,7 +43,7 @@ def test_theirs_comes_out_as_it_went_in(name, tmp_path):
     assert cli.main(["convert", str(GOLDEN / name), str(tmp_path / "out")]) == 0
     same_tensors(tmp_path / "out", GOLDEN / name)
     ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", GOLDEN / name))
-    assert ours == theirs
+    assert ours == theirs  # without ids, which nobody said
     assert list(ours) == list(theirs)
 
 
@@ -141,10 +141,38 @@ def test_names_and_shapes_are_the_authors(run, tmp_path):
     readable = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert len(readable) == 1
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
-    assert config.keys() == json.loads((GOLDEN / "mdlm" / "config.json").read_text()).keys()
+    ids = {"bos_token_id": 256, "eos_token_id": 256, "mask_token_id": 257}
+    assert config.keys() == json.loads((GOLDEN / "mdlm" / "config.json").read_text()).keys() | ids.keys()
+    assert config.items() >= ids.items()
     # The frequencies are not read by us, but by them.
     exact = 10000.0 ** (-np.arange(8) / 8)
     np.testing.assert_allclose(tensors["backbone.rotary_emb.inv_freq"], exact, rtol=1e-6)
+
+
+def test_an_export_without_its_tokenizer_keeps_the_ids(run, tmp_path):
+    """Also through another export; an old one, whose config.json has none, is no model to sample from."""
+    convert(str(run), str(tmp_path / "out"))
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    convert(str(tmp_path / "out"), str(tmp_path / "again"))
+    for name in ("out", "again"):
+        loaded = load_pretrained(str(tmp_path / name))
+        assert loaded.tokenizer is None
+        assert loaded.model.ids == load_pretrained(str(run)).model.ids
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    old = {key: value for key, value in config.items() if not key.endswith("_token_id")}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"does not say which ids are BOS, EOS and the mask, for it has no tokenizer"):
+        load_pretrained(str(tmp_path / "out")).sample()
+    load_tokenizer("bytes").save(tmp_path / "out")
+    assert load_pretrained(str(tmp_path / "out")).mask_id == 257
+
+
+@pytest.mark.parametrize("name", ["ar", "bd3lm-b8", "mdlm", "sedd"])
+def test_exports_of_before_have_their_ids_from_the_tokenizer(name):
+    folder = Path(__file__).parents[1] / "experiments" / "models" / name
+    loaded = load_pretrained(str(folder))
+    assert "mask_token_id" not in json.loads((folder / "config.json").read_text())
+    assert loaded.architecture.ids == loaded.tokenizer.ids
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,22 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.pretrained import load_pretrained
 from tests import reference
 from tests.conftest import GOLDEN, assert_agree
+
+# As an export has them, and the authors' files do not.
+IDS = {"bos_token_id": 28, "eos_token_id": 29, "mask_token_id": 30}
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """A golden model, with settings added to its config.json."""
+
+    def load(name, settings=IDS, **options):
+        folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+        return load_pretrained(str(folder), **options)
+
+    return load
 
 
 @pytest.mark.parametrize("name", ["bd3lm_block4", "bd3lm_block1", "mdlm", "sedd", "ar"])
@@ -44,8 +61,8 @@ def test_apply_without_clean_tokens_is_the_sampling_mode():
     assert_agree(load_pretrained(str(GOLDEN / "bd3lm_block4")).apply(x), reference.logits(config, tensors, x))
 
 
-def test_what_it_tells_of_itself():
-    loaded = bd3_jax.load_pretrained(str(GOLDEN / "bd3lm_block4"))
+def test_what_it_tells_of_itself(golden):
+    loaded = golden("bd3lm_block4")
     assert isinstance(loaded, bd3_jax.Pretrained)
     assert (loaded.objective, loaded.block_size, loaded.mask_id, loaded.interval) == ("bd3lm", 4, 30, (0.001, 1.0))
     assert (loaded.model_config.width, loaded.model_config.num_layers, loaded.model_config.length) == (32, 2, 16)
@@ -56,12 +73,12 @@ def test_what_it_tells_of_itself():
 
 
 @pytest.mark.parametrize("name", ["bd3lm_block4", "sedd"])
-def test_samples_and_perplexity_of_tokens_need_no_tokenizer(name):
-    loaded = load_pretrained(str(GOLDEN / name))
+def test_samples_and_perplexity_of_tokens_need_no_tokenizer(name, golden):
+    loaded = golden(name)
     samples = loaded.sample([3, 4], num_samples=3, batch_size=2, num_steps=3, max_length=16, seed=1)
     assert len(samples) == 3
     for drawn in samples:
-        assert drawn.tokens[:3] == [29, 3, 4]  # BOS by GPT-2's convention: V - 2
+        assert drawn.tokens[:3] == [28, 3, 4]  # BOS as config.json says
         assert len(drawn.tokens) == 16
         assert loaded.mask_id not in drawn.tokens
         assert drawn.text is None
@@ -71,30 +88,30 @@ def test_samples_and_perplexity_of_tokens_need_no_tokenizer(name):
     assert 1 < result.perplexity < 1000
 
 
-def test_exact_perplexity_is_the_authors_loss():
+def test_exact_perplexity_is_the_authors_loss(golden):
     stored = np.load(GOLDEN / "ar" / "io.npz")
-    result = load_pretrained(str(GOLDEN / "ar")).perplexity(stored["x0"], batch_size=2)
+    result = golden("ar").perplexity(stored["x0"], batch_size=2)
     np.testing.assert_allclose(result.nll, stored["loss"], rtol=1e-5)
     assert result.estimator == "exact"
 
 
-def test_rows_may_be_shorter_than_the_context():
+def test_rows_may_be_shorter_than_the_context(golden):
     """Where one block is the whole row, it is as long as the row."""
-    loaded, x = load_pretrained(str(GOLDEN / "mdlm")), np.load(GOLDEN / "mdlm" / "io.npz")["xt"][:, :5]
+    loaded, x = golden("mdlm"), np.load(GOLDEN / "mdlm" / "io.npz")["xt"][:, :5]
     config = json.loads((GOLDEN / "mdlm" / "config.json").read_text())
     tensors = load_file(GOLDEN / "mdlm" / "model.safetensors")
     assert_agree(loaded.apply(x), reference.logits(config, tensors, x))
     assert loaded.perplexity(np.load(GOLDEN / "mdlm" / "io.npz")["x0"][:, :5]).tokens == 3 * 4
 
 
-def test_the_objective_and_the_block_size_can_be_overridden():
+def test_the_objective_and_the_block_size_can_be_overridden(golden):
     """MDLM's network is a BD3-LM at B = L; at another B the same weights give another model."""
     mdlm = load_pretrained(str(GOLDEN / "mdlm"))
     whole = load_pretrained(str(GOLDEN / "mdlm"), objective="bd3lm")
     x = np.load(GOLDEN / "mdlm" / "io.npz")["xt"]
     assert (whole.objective, whole.block_size) == ("bd3lm", 16)
     np.testing.assert_array_equal(mdlm.apply(x), whole.apply(x))
-    blocks = load_pretrained(str(GOLDEN / "mdlm"), objective="bd3lm", block_size=4)
+    blocks = golden("mdlm", objective="bd3lm", block_size=4)
     assert (blocks.block_size, blocks.config.block_size, blocks.model.block_size) == (4, 4, 4)
     tensors = load_file(GOLDEN / "mdlm" / "model.safetensors")
     config = json.loads((GOLDEN / "mdlm" / "config.json").read_text()) | {"cross_attn": True, "block_size": 4}
@@ -102,8 +119,8 @@ def test_the_objective_and_the_block_size_can_be_overridden():
     assert len(blocks.sample(num_samples=1)) == 1
 
 
-def test_a_time_conditioned_network_keeps_its_input_under_another_objective():
-    loaded = load_pretrained(str(GOLDEN / "sedd"), objective="mdlm")
+def test_a_time_conditioned_network_keeps_its_input_under_another_objective(golden):
+    loaded = golden("sedd", objective="mdlm")
     with pytest.raises(UserError, match="sigma is missing"):
         loaded.apply(np.zeros((1, 16), int))
     with pytest.raises(UserError, match=r"conditioned on time; mdlm's samplers"):
@@ -111,7 +128,7 @@ def test_a_time_conditioned_network_keeps_its_input_under_another_objective():
     assert loaded.perplexity(np.zeros((1, 16), int)).tokens == 15
     with pytest.raises(UserError, match=r"conditioned on time; allowed: estimator='monte_carlo'"):
         loaded.perplexity(np.zeros((1, 16), int), estimator="low_variance")
-    blocks = load_pretrained(str(GOLDEN / "sedd"), objective="bd3lm", block_size=4)
+    blocks = load_pretrained(loaded.source, objective="bd3lm", block_size=4)
     with pytest.raises(UserError, match=r"conditioned on time; bd3lm's blocks are for models that are not"):
         blocks.perplexity(np.zeros((1, 16), int))
 
@@ -160,11 +177,49 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_mistakes_in_use_are_one_line(name):
+def test_mistakes_in_use_are_one_line(name, golden):
     use, message = USES[name]
     with pytest.raises(UserError, match=message) as caught:
-        use(load_pretrained(str(GOLDEN / "bd3lm_block4")))
+        use(golden("bd3lm_block4"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m.sample([3], num_samples=1),
+        lambda m: m.replay([3], num_samples=1),
+        lambda m: m.stream([3]),
+        lambda m: m.perplexity(np.zeros((1, 16), int)),
+        lambda m: m.mask_id,
+    ],
+)
+def test_ids_that_nobody_says_are_not_guessed(use):
+    """The mask need not be the last token, nor BOS the one before."""
+    loaded = load_pretrained(str(GOLDEN / "bd3lm_block4"))
+    message = r"does not say which ids are BOS, EOS and the mask, for it has no tokenizer\.json; put the one"
+    with pytest.raises(UserError, match=message) as caught:
+        use(loaded)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_ids_of_the_config_win_over_the_usual_tokenizer(tmp_path, monkeypatch):
+    """A tokenizer of our own may be as large as that of GPT-2, and have other ids."""
+    monkeypatch.setattr("bd3_jax.pretrained.load_tokenizer", lambda name: pytest.fail(f"asked for {name}"))
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "mask_token_id": 50257}
+    config = reference.config_json("mdlm", 8, 50258, 8, 4, 1, 1, 2) | ids
+    reference.write_checkpoint(tmp_path, config, reference.random_tensors(config, np.random.default_rng(0)))
+    loaded = load_pretrained(str(tmp_path))
+    assert (loaded.model.ids.bos, loaded.model.ids.eos, loaded.mask_id) == (0, 1, 50257)
+    assert loaded.tokenizer is None
+
+
+def test_a_tokenizer_with_other_ids_is_refused(tmp_path):
+    load_tokenizer("bytes").save(tmp_path / "bytes")
+    config = reference.config_json("mdlm", 8, 258, 8, 4, 1, 1, 2) | IDS
+    reference.write_checkpoint(tmp_path / "m", config, reference.random_tensors(config, np.random.default_rng(0)))
+    with pytest.raises(UserError, match=r"the tokenizer has SpecialIds\(bos=.*\), but the config.json of .* says"):
+        load_pretrained(str(tmp_path / "m"), tokenizer=str(tmp_path / "bytes"))
 
 
 # ------------------------------------------------------------------------------------------------- with a tokenizer

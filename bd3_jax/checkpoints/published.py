@@ -15,6 +15,7 @@ from bd3_jax.checkpoints import tensor_files
 from bd3_jax.checkpoints.pytorch import INTERVAL, INVERSE_FREQUENCIES, PREFIX, Stored, to_tensors
 from bd3_jax.config import Config, NoiseConfig, can_clip, from_config_dict
 from bd3_jax.errors import UserError
+from bd3_jax.special_ids import SpecialIds
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOKENIZER = "tokenizer.json"
@@ -24,8 +25,15 @@ TOKENIZER = "tokenizer.json"
 # position 0 masked like any other.
 _LATER_KEYS = ("block_size", "cross_attn", "adaln", "causal", "var_min")
 
-# V -> the tokenizer that published models of that V were trained with.
+# BOS, EOS and mask, under the names that transformers has for them; in what we export, but not in the authors' files.
+_IDS = ("bos_token_id", "eos_token_id", "mask_token_id")
+
+# V -> the tokenizer that published models of that V were trained with, and its ids.
 TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
+USUAL_IDS = {
+    50258: SpecialIds(bos=50256, eos=50256, mask=50257, vocab_size=50258),
+    30522: SpecialIds(bos=101, eos=101, mask=103, vocab_size=30522),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Architecture:
       high: see `low`.
       var_min: config.json's word for training in a searched interval.
       searched: whether the interval lies among the tensors.
+      ids: BOS, EOS and mask, as far as the source says them itself; None: its tokenizer does.
     """
 
     objective: str
@@ -64,6 +73,7 @@ class Architecture:
     high: float
     var_min: bool
     searched: bool
+    ids: SpecialIds | None
 
     @classmethod
     def of(cls, config: Config, vocab_size: int, low: float, high: float) -> "Architecture":
@@ -74,7 +84,7 @@ class Architecture:
             width=m.width, num_layers=m.num_layers, num_heads=m.num_heads, cond_dim=m.cond_dim, dropout=m.dropout,
             adaln=config.objective != "ar", time_conditioned=config.objective == "sedd",
             schedule=config.noise.schedule, ignore_bos=config.noise.ignore_bos,
-            low=low, high=high, var_min=searched, searched=searched,
+            low=low, high=high, var_min=searched, searched=searched, ids=None,
         )  # fmt: skip
 
     def to_config(self) -> Config:
@@ -155,7 +165,7 @@ def download(source: str, revision: str | None = None, token: str | bool | None 
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{source!r} is no path here and could not be taken from the Hugging Face hub ({reason}); download its "
-            f"{CONFIG} and {WEIGHTS} into a folder and give that folder"
+            f"{CONFIG}, {WEIGHTS} and, if it has one, {TOKENIZER} into a folder and give that folder"
         ) from None
     return epath.Path(folder)
 
@@ -225,6 +235,7 @@ def read_architecture(config: Any, tensors: Mapping[str, Stored], where: str) ->
         high=high,
         var_min=get("var_min", bool, False),
         searched=any(name in tensors for name in INTERVAL),
+        ids=_ids(config, where),
     )
     if architecture.vocab_size < 2:
         raise UserError(f"{where}: vocab_size is {architecture.vocab_size}; expected 2 or more, the mask included")
@@ -243,6 +254,19 @@ def _get(config: Mapping[str, Any], key: str, kind: type, where: str, default: A
         found = "missing" if key not in config else f"{value!r}"
         raise UserError(f"{where}: {key} is {found}; expected a value of type {kind.__name__}")
     return value
+
+
+def _ids(config: Mapping[str, Any], where: str) -> SpecialIds | None:
+    if "mask_token_id" not in config:
+        return None
+    vocab_size = _get(config, "vocab_size", int, where)
+    bos, eos, mask = found = [_get(config, name, int, where) for name in _IDS]
+    if not all(0 <= id < vocab_size for id in found) or mask in (bos, eos):
+        raise UserError(
+            f"{where}: {', '.join(_IDS)} are {bos}, {eos}, {mask}; expected ids from 0 to {vocab_size - 1}, and the "
+            "mask's its own"
+        )
+    return SpecialIds(bos, eos, mask, vocab_size)
 
 
 def _interval(config: Mapping[str, Any], tensors: Mapping[str, Stored], where: str) -> tuple[float, float]:
@@ -323,6 +347,8 @@ def config_json(architecture: Architecture) -> dict[str, Any]:
         "sampling_eps_max": a.high,
         "torch_dtype": "float32",
     }
+    if a.ids is not None:
+        content |= zip(_IDS, (a.ids.bos, a.ids.eos, a.ids.mask), strict=True)
     return {key: value for key, value in content.items() if not (older and key in _LATER_KEYS)}
 
 

@@ -17,6 +17,7 @@ from tests.reference import config_json, random_tensors, write_checkpoint
 
 NORM, QKV = "backbone.blocks.1.norm1.weight", "backbone.blocks.0.attn_qkv.weight"
 EMBEDDING = "backbone.vocab_embed.embedding"
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "mask_token_id": 10}
 
 
 @pytest.fixture
@@ -182,6 +183,17 @@ DAMAGES = {
     "a negative block": (setting(block_size=-4), "config.block_size is -4"),
     "a billion layers": (setting(n_blocks=10**9), "n_blocks is 1000000000, but there are"),
     "a vocabulary beyond memory": (setting(vocab_size=10**12), r"has shape \(11, 16\), expected \(1000000000000, 16\)"),
+    "a mask beyond the vocabulary": (setting(**IDS | {"mask_token_id": 11}), "are 0, 1, 11; expected ids from 0 to 10"),
+    "a negative BOS": (setting(**IDS | {"bos_token_id": -1}), "bos_token_id, .* are -1, 1, 10; expected ids from 0"),
+    "a mask that is EOS": (
+        setting(**IDS | {"mask_token_id": 1}),
+        "are 0, 1, 1; expected ids from 0 to 10, and the mas",
+    ),
+    "a mask without EOS": (
+        setting(**IDS | {"eos_token_id": None}),
+        "eos_token_id is missing; expected a value of type",
+    ),
+    "a mask as text": (setting(**IDS | {"mask_token_id": "[MASK]"}), r"mask_token_id is '\[MASK\]'; expected a value"),
     "no vocabulary": (setting(vocab_size=0), "vocab_size is 0; expected 2 or more"),
     "causal with adaLN": (setting(causal=True, cross_attn=False), "causal, adaln, cross_attn are True, True, False"),
     "causal with two streams": (setting(causal=True, adaln=False), "causal, adaln, cross_attn are True, False, True"),

@@ -15,11 +15,13 @@ from safetensors.numpy import load_file
 from bd3_jax.checkpoints.published import config_json, read_architecture
 from bd3_jax.errors import UserError
 from bd3_jax.pretrained import load_pretrained
+from bd3_jax.special_ids import SpecialIds
 from tests.conftest import GOLDEN
 from tests.reference import config_json as authors_config
 from tests.reference import random_tensors, write_checkpoint
 
 FULL = authors_config("bd3lm", 4, 31, 16, 32, 2, 4, 16)
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "mask_token_id": 4}
 # What config.json of `mdlm-owt` and `louaaron/sedd-small` hold.
 MDLM_OWT = {
     "model_length": 1024, "vocab_size": 50258, "hidden_dim": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12,
@@ -45,6 +47,8 @@ TENSORS = {str(n): np.zeros(()) for n in range(200)}
         (FULL | {"cross_attn": False, "causal": True, "adaln": False}, ("ar", 1, "loglinear", True)),
         (MDLM_OWT, ("mdlm", 1024, "scaled_loglinear", False)),
         (SEDD_SMALL, ("sedd", 1024, "scaled_loglinear", False)),
+        (FULL | IDS, ("bd3lm", 4, "loglinear", True)),
+        (MDLM_OWT | IDS, ("mdlm", 1024, "scaled_loglinear", False)),
     ],
 )
 def test_the_objective_is_told_from_the_config(config, expected):
@@ -54,6 +58,14 @@ def test_the_objective_is_told_from_the_config(config, expected):
     assert found.time_conditioned == (found.objective == "sedd")
     # What is written of it is read as the same again, tensors of the interval apart.
     assert read_architecture(config_json(found), TENSORS, "config.json") == found
+
+
+@pytest.mark.parametrize("config", [FULL, MDLM_OWT])
+def test_the_ids_are_those_of_the_config(config):
+    assert read_architecture(config, TENSORS, "config.json").ids is None
+    found = read_architecture(config | IDS, TENSORS, "config.json")
+    assert found.ids == SpecialIds(bos=0, eos=1, mask=4, vocab_size=config["vocab_size"])
+    assert config_json(found).items() >= IDS.items()
 
 
 def test_sedd_counts_the_mask_in_its_vocabulary():
@@ -135,7 +147,7 @@ def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = (
         r"'kuleshov-group/mdlm-owt' is no path here and could not be taken from the Hugging Face hub \(.+\); "
-        "download its config.json and model.safetensors into a folder and give that folder"
+        "download its config.json, model.safetensors and, if it has one, tokenizer.json into a folder and give that"
     )
     with pytest.raises(UserError, match=message) as caught:
         load_pretrained("kuleshov-group/mdlm-owt")
