@@ -81,9 +81,10 @@ def judge(argv: Sequence[str]) -> None:
     paths = command_line.positional(argv, values, usage=judge.__doc__ or "")
     if len(paths) != 1:
         raise UserError(f"bd3 judge takes one file, as in bd3 judge runs/quickstart/samples.jsonl; found {len(paths)}")
+    path = reachable(paths[0], "the file")
     from bd3_jax.evaluation import generative
 
-    print(generative.table(generative.judge_file(epath.Path(paths[0]), values["judge"].value, values.max_length)))
+    print(generative.table(generative.judge_file(path, values["judge"].value, values.max_length)))
 
 
 def _one_folder(argv: Sequence[str], usage: str, example: str) -> epath.Path:
@@ -123,8 +124,8 @@ def convert(argv: Sequence[str]) -> None:
     bd3 convert SOURCE DEST [--weights=ema|raw] [--format=pytorch|bd3] [--tokenizer=NAME_OR_PATH]
 
     SOURCE  a workdir, a folder or file of the authors' layout, or a hub id
-    DEST    a folder that does not exist yet: model.safetensors and config.json (pytorch), or a workdir that eval and
-            sample take and training starts from with --config.init_from=DEST (bd3); with a model card
+    DEST    a folder that does not exist yet: model.safetensors and config.json (pytorch, on a local disk), or a workdir
+            that eval and sample take and training starts from with --config.init_from=DEST (bd3); with a model card
     """
     values = flags.FlagValues()
     flags.DEFINE_enum("weights", "ema", ("ema", "raw"), "which weights of SOURCE", flag_values=values)
@@ -149,7 +150,7 @@ def replay(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     config = command_line.parse(argv, values, usage=replay.__doc__ or "")
-    workdir = epath.Path(command_line.required(values, "workdir", "the folder of the run"))
+    workdir = reachable(command_line.required(values, "workdir", "the folder of the run"), "--workdir")
     from bd3_jax import runtime
     from bd3_jax.training.replay import replay as repeat
 

@@ -11,7 +11,7 @@ from bd3_jax.checkpoints.published import write_published
 from bd3_jax.checkpoints.source import Weights
 from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.folders import reachable
+from bd3_jax.folders import in_bucket, reachable
 from bd3_jax.model_card import model_card
 from bd3_jax.pretrained import Pretrained, load_pretrained
 
@@ -37,13 +37,15 @@ def convert(
       tokenizer: what the source was trained with, if it does not say.
 
     Raises:
-      UserError: `dest` exists, or the source cannot be loaded or not be written in that format.
+      UserError: `dest` exists, or the source cannot be loaded or not be written there in that format.
     """
     target = reachable(dest, "DEST")
     if target.exists() or os.path.islink(target):
         raise UserError(f"{dest} exists and is not overwritten; name a folder that does not exist yet")
     if format not in ("pytorch", "bd3"):
         raise UserError(f"format is {format!r}; allowed: pytorch, bd3")
+    if format == "pytorch" and in_bucket(target):
+        raise UserError(f"DEST is {dest!r}; allowed for format = pytorch: a local folder; copy it into the bucket then")
     loaded = load_pretrained(source, weights=weights, tokenizer=tokenizer)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)

@@ -20,6 +20,7 @@ from bd3_jax.language_model import LanguageModel
 from bd3_jax.pretrained import load_pretrained
 from tests import reference
 from tests.conftest import GOLDEN
+from tests.data.bucket import bucket, objects_in
 
 FOLDERS = ["bd3lm_block4", "bd3lm_block1", "mdlm", "sedd", "ar"]
 
@@ -261,6 +262,34 @@ def test_mistakes_end_with_one_line(arguments, message, tmp_path, monkeypatch, c
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [["convert", "gs://b/run", "out"], ["judge", "gs://b/samples.jsonl"], ["replay", "--workdir=gs://b/run"]]
+)
+def test_a_bucket_without_its_library_is_one_line(argv, monkeypatch, capsys):
+    def missing(*args):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("etils.epath.backend.fsspec_backend._get_filesystem", missing)
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"is {argv[1].removeprefix('--workdir=')!r}, which cannot be reached: Please install gcsfs" in error
+    assert error.count("\n") == 1
+
+
+def test_the_authors_layout_is_on_a_local_disk(capsys):
+    """Its library neither reads nor writes a bucket; both is told, and nothing is left there."""
+    with bucket():
+        target = epath.Path("gs://bucket/theirs")
+        for file in (GOLDEN / "ar").iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        there = objects_in("gs://bucket")
+        assert cli.main(["convert", str(target), "out"]) == 2
+        assert "gs://bucket/theirs is in a bucket; allowed: the authors' layout in a local" in capsys.readouterr().err
+        assert cli.main(["convert", str(GOLDEN / "ar"), "gs://bucket/out"]) == 2
+        assert "DEST is 'gs://bucket/out'; allowed for format = pytorch: a local folder" in capsys.readouterr().err
+        assert objects_in("gs://bucket") == there
 
 
 def test_what_no_run_can_be_is_refused(tmp_path):

@@ -172,6 +172,9 @@ MISTAKES = [
             ["eval", "--workdir=foo://x"],
             ["inspect", "foo://x"],
             ["report", "foo://x"],
+            ["judge", "foo://x"],
+            ["convert", "foo://x", "out"],
+            ["replay", CONFIG, "--workdir=foo://x"],
         )
     ),
     (["train", CONFIG, "--workdir=run", f"--config.model.width={10**30}"], f"config.model.width is {10**30}; allowed"),

@@ -15,6 +15,7 @@ from bd3_jax.checkpoints import tensor_files
 from bd3_jax.checkpoints.pytorch import INTERVAL, INVERSE_FREQUENCIES, PREFIX, Stored, to_tensors
 from bd3_jax.config import Config, NoiseConfig, can_clip, from_config_dict
 from bd3_jax.errors import UserError
+from bd3_jax.folders import in_bucket
 from bd3_jax.special_ids import SpecialIds
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -128,8 +129,12 @@ def open_published(path: epath.Path, weights: Literal["ema", "raw"] = "ema") -> 
       weights: see `tensor_files.open_tensors`.
 
     Raises:
-      UserError: it is incomplete, damaged or contradicts itself, or cannot be read without executing it.
+      UserError: it is in a bucket, incomplete, damaged or contradicts itself, or cannot be read without executing it.
     """
+    if in_bucket(path):
+        raise UserError(
+            f"{path} is in a bucket; allowed: the authors' layout in a local folder, into which it is copied"
+        )
     file = _weights(path) if path.is_dir() else path
     config_file = file.parent / CONFIG
     if not config_file.exists():

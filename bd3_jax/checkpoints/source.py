@@ -11,6 +11,7 @@ from bd3_jax.checkpoints import orbax, published, pytorch, run_folder
 from bd3_jax.checkpoints.published import Architecture
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
+from bd3_jax.folders import reachable
 
 Weights = Literal["ema", "raw"]
 
@@ -51,16 +52,12 @@ def open_source(
       token: the hub's access token.
 
     Raises:
-      UserError: nothing is there, or it is damaged.
+      UserError: nothing is there, or it cannot be reached, or it is damaged.
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}; allowed: ema, raw")
-    try:
-        path = epath.Path(name)
-        exists = path.exists()
-    except KeyError:  # a URL of a kind that etils does not know
-        exists = False
-    if not exists:
+    path = reachable(name, "the source, a path or OWNER/NAME on the hub,")
+    if not path.exists():
         path = published.download(name, revision, token)
     if _is_run(path):
         return _open_run(name, path, weights)

@@ -156,7 +156,9 @@ def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../x/y", "kuleshov-group/", "https://huggingface.co/a/b", ""])
 def test_what_is_no_id_is_not_asked_of_the_hub(source, hub):
-    with pytest.raises(UserError, match=r"does not exist here and is no hub id|must hold"):
+    with pytest.raises(
+        UserError, match=r"does not exist here and is no hub id|must hold|OWNER/NAME on the hub, is .*unknown kind"
+    ):
         load_pretrained(source)
     assert hub == []
 
