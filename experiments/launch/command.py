@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 # Accelerator type -> the shape in which Cloud TPU builds such a slice. v5p counts cores, two to a chip.
 _FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -69,7 +70,16 @@ def run(commands: Sequence[Sequence[str]], dry_run: bool) -> int:
     """Runs commands one after another until one fails; prints each before."""
     for command in commands:
         print(shlex.join(command), flush=True)
-        if not dry_run and (status := subprocess.run(command, check=False).returncode):
+        if not dry_run and (status := execute(command)):
             print(f"ended with status {status}", file=sys.stderr)
             return status
     return 0
+
+
+def execute(command: Sequence[str], **options: Any) -> int:
+    """The status of a command, which `subprocess.run` runs with `options`; status 2 for one that is not installed."""
+    try:
+        return subprocess.run(command, check=False, **options).returncode
+    except FileNotFoundError:
+        print(f"error: {command[0]} is not found on this machine; allowed: installed, and on PATH", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -10,7 +10,6 @@ not fit, nothing is queued.
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -28,7 +27,8 @@ SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 {partition}
-srun --kill-on-bad-exit=0 {train}
+# Since Slurm 22.05 srun does not take the number of CPUs from above.
+srun --cpus-per-task={cpus} --kill-on-bad-exit=0 {train}
 status=$?
 [ $status -eq 143 ] && scontrol requeue "$SLURM_JOB_ID"
 exit $status
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         train=shlex.join([sys.executable, "-m", "bd3_jax.cli", "train", *train]),
     )  # fmt: skip
     print(text, end="", flush=True)
-    return 0 if own.dry_run else subprocess.run(["sbatch"], input=text, text=True, check=False).returncode
+    return 0 if own.dry_run else command.execute(["sbatch"], input=text, text=True)
 
 
 if __name__ == "__main__":

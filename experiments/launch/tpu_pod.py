@@ -4,7 +4,10 @@ python experiments/launch/tpu_pod.py --tpu=NAME --zone=ZONE --create=v5litepod-1
     --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm
 
 --create makes the slice first, as a spot one with --spot. --install copies the last commit to every worker and installs
-it. Without both, the slice is there and ready. A preempted run goes on when the same command is run again.
+it, with a Python of its own. Without both, the slice is there and ready.
+
+A preempted slice does not come back. --create deletes one of that name that was preempted and makes it again, so the
+run goes on when the same command, with --create and --install, is run again.
 
 --check first compiles the config for the slice that --create names, here v5e:4x4, which is what configs/lm1b.py is made
 for; where it does not fit, nothing is started. That takes the extra tpu on this machine.
@@ -25,7 +28,12 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 ARCHIVE = "bd3_jax.tar.gz"
-INSTALL = f"tar xzf {ARCHIVE} && cd bd3_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
+# The machines have Python 3.10, and bd3_jax asks for 3.11, which uv brings.
+INSTALL = (
+    f"tar xzf {ARCHIVE} && cd bd3_jax && python3 -m pip install -q --upgrade uv && "
+    "python3 -m uv venv -q --clear --python 3.11 .venv && "
+    "python3 -m uv pip install -q --python .venv/bin/python -e '.[tpu,gcs]'"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
     if kind:
         version = f"--version={RUNTIMES[kind[1]]}"
         spot = ["--spot"] if own.spot else []
+        state = shlex.join([*tpu, "describe", *place, "--format=value(state)"])
+        delete = shlex.join([*tpu, "delete", *place, "--quiet"])
+        commands.append(["bash", "-c", f'case "$({state} 2>/dev/null)" in PREEMPTED) {delete} ;; esac'])
         commands.append([*tpu, "create", *place, f"--accelerator-type={own.create}", version, *spot])
     if own.install:
         commands.append(["git", "archive", "--prefix=bd3_jax/", f"--output={ARCHIVE}", "HEAD"])

@@ -1,6 +1,7 @@
 """The launch scripts: what each would run, and that a mistake is told before anything runs."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -37,11 +38,12 @@ def launch(tmp_path):
         tool.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {tmp_path}/calls\n')
         tool.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
 
-    def run(name, *flags):
+    def run(name, *flags, **variables):
         path = str(LAUNCH / f"{name}.py")
         ended = subprocess.run(
-            [sys.executable, path, *flags], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, path, *flags], env=environment | variables, capture_output=True, text=True, check=False
         )
         calls = tmp_path / "calls"
         return ended, calls.read_text().splitlines() if calls.exists() else []
@@ -114,9 +116,55 @@ def test_what_a_pod_is_told(launch):
     ended, calls = launch("tpu_pod", *SCRIPTS["tpu_pod"], "--create=v5litepod-16", "--spot", "--install", *TRAIN)
     assert ended.returncode == 0, ended.stderr
     verbs = [calls[n + 4] for n, call in enumerate(calls) if call == "gcloud"]
-    assert verbs == ["create", "scp", "ssh", "ssh"]
+    assert verbs == ["describe", "create", "scp", "ssh", "ssh"]
     assert {"--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot", "--worker=all"} <= set(calls)
     assert calls[-1].startswith("--command=cd bd3_jax && .venv/bin/bd3 train --config=")
+
+
+def test_a_preempted_slice_is_made_again(launch, tmp_path):
+    gcloud = tmp_path / "bin" / "gcloud"
+    flags = [*SCRIPTS["tpu_pod"], "--create=v5litepod-16", "--spot", *TRAIN]
+    for state, verbs in (
+        ("READY", ["describe", "create", "ssh"]),
+        ("PREEMPTED", ["describe", "delete", "create", "ssh"]),
+    ):
+        (tmp_path / "calls").write_text("")
+        gcloud.write_text(f'#!/bin/sh\necho "$4 $5 $6" >> {tmp_path}/calls\n[ $4 != describe ] || echo {state}\n')
+        ended, calls = launch("tpu_pod", *flags)
+        assert ended.returncode == 0, ended.stderr
+        assert calls == [f"{verb} pod --zone=z" for verb in verbs]
+    _, calls = launch("tpu_pod", *SCRIPTS["tpu_pod"], *TRAIN)
+    assert calls[len(verbs) :] == ["ssh pod --zone=z"]  # the slice is somebody's own
+    ended, _ = launch("tpu_pod", "--dry-run", *flags)
+    assert "describe pod --zone=z '--format=value(state)'" in shlex.split(ended.stdout.splitlines()[0])[2]
+
+
+def test_a_pod_is_installed_with_a_python_that_will_do(launch):
+    ended, _ = launch("tpu_pod", "--dry-run", *SCRIPTS["tpu_pod"], "--install", *TRAIN)
+    install = next(word for word in shlex.split(ended.stdout) if word.startswith("--command=tar"))
+    wanted = re.search(r'python_requires=">=([\d.]+)"', (LAUNCH.parents[1] / "setup.py").read_text())[1]
+    assert f"python3 -m uv venv -q --clear --python {wanted} .venv && " in install
+    assert subprocess.run(["bash", "-nc", install.removeprefix("--command=")], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "tool"), [("tpu_pod", "gcloud"), ("gke", "xpk"), ("slurm", "sbatch")])
+def test_a_tool_that_is_not_installed_is_one_line(launch, name, tool):
+    ended, calls = launch(name, *SCRIPTS[name], *TRAIN, PATH="")
+    assert (ended.returncode, calls) == (2, [])
+    assert ended.stderr == f"error: {tool} is not found on this machine; allowed: installed, and on PATH\n"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"), [("0,1,2,3", 4), ("GPU-8932f937,GPU-7a", 2), ("3", 1), ("", 0), ("-1", 0), (None, 8)]
+)
+def test_gpus_are_those_that_are_chosen(launch, tmp_path, chosen, count):
+    """nvidia-smi lists all."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor n in 0 1 2 3 4 5 6 7; do echo GPU $n: NVIDIA H100; done\n")
+    variables = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+    ended, _ = launch("multi_gpu", "--gpus=64", *TRAIN, **variables)
+    assert ended.returncode == 2
+    assert f"--gpus is 64, but there are {count}, by CUDA_VISIBLE_DEVICES, else nvidia-smi -L" in ended.stderr
 
 
 def test_what_slurm_is_told(launch):
@@ -124,6 +172,8 @@ def test_what_slurm_is_told(launch):
     assert (ended.returncode, calls) == (0, ["sbatch", ""]) or (ended.returncode, calls) == (0, ["sbatch"])
     wanted = ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@120", "--partition=gpu")
     assert all(f"#SBATCH {flag}\n" in ended.stdout for flag in wanted)
+    assert "#SBATCH --cpus-per-task=8\n" in ended.stdout
+    assert "\nsrun --cpus-per-task=8 --kill-on-bad-exit=0 " in ended.stdout
     assert subprocess.run(["bash", "-n"], input=ended.stdout, text=True, check=False).returncode == 0
 
 
@@ -142,7 +192,7 @@ MISTAKES = [
     ("slurm", ["--nodes=0", "--gpus=8", *TRAIN], "--nodes is 0; allowed: 1 or more"),
     ("slurm", [*SCRIPTS["slurm"], *TRAIN, "--time=soon"], "--time is 'soon'"),
     ("multi_gpu", ["--gpus=4", "--fsdp=3", *TRAIN], "--gpus is 4, --fsdp 3"),
-    ("multi_gpu", ["--gpus=4", *TRAIN], "nvidia-smi lists 0"),
+    ("multi_gpu", ["--gpus=4", *TRAIN], "but there are 0, by CUDA_VISIBLE_DEVICES, else nvidia-smi"),
     ("multi_gpu", ["--gpus=4", *TRAIN, "--config.mesh.data=2"], "follow from --gpus"),
     ("local", ["--processes=0", *TRAIN], "--processes is 0; allowed: 1 to 64"),
     ("local", ["--mode=sample", "--check", *TRAIN], "--check is for --mode=train"),
