@@ -64,7 +64,7 @@ test-harness: .venv-harness/installed ## what needs lm_eval: its harness on our 
 	.venv-harness/bin/python -m pytest tests/test_harness.py tests/experiments/test_harness_tasks.py
 
 test-all: test-slow test-tpu test-docs test-notebooks test-harness .venv-torch/installed ## all of these, then what needs PyTorch
-	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py
+	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py tests/checkpoints tests/evaluation/test_generative.py
 
 # Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
 .venv-beam/installed: requirements.lock setup.py
@@ -78,7 +78,7 @@ test-all: test-slow test-tpu test-docs test-notebooks test-harness .venv-torch/i
 NEEDS_tpu := 'libtpu==0.0.42.*'
 NEEDS_notebooks := nbclient==0.11.0 ipykernel==7.4.0
 NEEDS_harness := lm_eval==0.4.13
-NEEDS_torch := torch==2.13.0
+NEEDS_torch := torch==2.13.0 transformers==5.24.0
 NEEDS_docs := sphinx==9.0.4 myst-parser==5.2.0 furo==2025.12.19 $(NEEDS_harness)
 
 .venv-%/installed: requirements.lock setup.py
