@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32
 
 from bd3_jax.config import Config, DataConfig
 from bd3_jax.data.manifest import Manifest, RowSettings, is_prepared, load_manifest
+from bd3_jax.data.rows import check_metadata
 from bd3_jax.data.streaming import Stream, open_stream, stream_eval_batches
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
@@ -162,12 +163,14 @@ def open_rows(directory: epath.Path, manifest: Manifest, split: str) -> Dataset:
     """Opens a split that has rows, whatever the settings.
 
     Raises:
-      UserError: the tokenizer is not the manifest's, or files are missing or not as long as they were.
+      UserError: the tokenizer or the features are not the manifest's, or files are missing or not as long as they
+        were.
     """
     tokenizer = load_tokenizer(directory / "tokenizer")
     if tokenizer.fingerprint != manifest.fingerprint:
         raise UserError(f"{directory / 'tokenizer'} is not the tokenizer that {directory} was prepared with")
     try:
+        check_metadata(directory, manifest)
         builder = tfds.builder_from_directory(directory)
         info = builder.info.splits[split]
         size = sum(path.stat().length for path in info.filepaths)

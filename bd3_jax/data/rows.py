@@ -4,7 +4,10 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -126,6 +129,29 @@ def write_metadata(directory: epath.Path, manifest: Manifest, rows: Mapping[str,
         description=f"{corpus} as rows of {length} tokens",
         license=manifest.licence,
     )
+
+
+def check_metadata(directory: epath.Path, manifest: Manifest) -> None:
+    """Makes sure that TFDS runs none of the code that the metadata of `directory` may name.
+
+    TFDS imports the module of every `pythonClassName`, in `features.json` and in what `dataset_info.json` may hold under
+    `features`, and the folder may be somebody else's.
+
+    Raises:
+      ValueError: a file names other features than `write_metadata` writes for such rows.
+      OSError: a file cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _features(manifest.settings.length, manifest.ids).save_config(folder)
+        expected = _read_json(epath.Path(folder) / "features.json")
+    if _read_json(directory / "features.json") != expected:
+        raise ValueError(f"features.json is not that of rows of {manifest.settings.length} tokens")
+    if "features" in _read_json(directory / "dataset_info.json"):
+        raise ValueError("dataset_info.json has features of its own")
+
+
+def _read_json(path: epath.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _features(length: int, ids: SpecialIds) -> tfds.features.FeaturesDict:

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,25 @@ def test_a_damaged_folder_is_refused(data):
         manifest.write_text(damage)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             open_dataset(data, 16, "train")
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+def test_a_folder_runs_no_code(data, tmp_path, monkeypatch, name):
+    """TFDS would import the module of a class that is named in either file."""
+    data = dataclasses.replace(data, tokenizer="bytes")
+    prepare(data, 16)
+    (tmp_path / "code" / "of_a_stranger").mkdir(parents=True)
+    (tmp_path / "code" / "of_a_stranger" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    path = Path(data.directory) / name
+    content = json.loads(path.read_text())
+    features = content if name == "features.json" else content.setdefault("features", {"jsonFeature": {"json": "{}"}})
+    features["pythonClassName"] = "of_a_stranger.Feature"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"rows is damaged \(.*\); prepare the corpus anew") as error:
+        open_dataset(data, 16, "train")
+    assert "of_a_stranger" not in sys.modules
+    assert f"({name} " in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
