@@ -45,11 +45,13 @@ _MASKS = (MASK, "<mask>", "<|mask|>")
 class Tokenizer:
     """A `tokenizer.json`: adds no special token by itself, and never makes one out of the user's text.
 
+    Texts are neither cut nor padded, whatever the file says of truncation and padding.
+
     Attributes:
       content: the text of `tokenizer.json`, kept verbatim.
       ids: the special ids.
-      fingerprint: sha256 (hex) of the JSON content and the special ids. Two tokenizers with the same fingerprint
-        give every text the same ids.
+      fingerprint: sha256 (hex) of the JSON content, whatever it says of truncation and padding, and the special ids.
+        Two tokenizers with the same fingerprint give every text the same ids.
     """
 
     def __init__(self, content: str, origin: str):
@@ -59,10 +61,17 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{origin} is no tokenizer.json: {_one_line(error)}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        parsed = json.loads(content)
+        if dropout := parsed["model"].get("dropout"):
+            raise UserError(f"{origin} has model.dropout = {dropout}, which makes ids random; allowed: null")
         self.ids = _special_ids(self._tokenizer, origin)
         # Text that merely looks like a special token is spelled out like any other text.
         self._tokenizer.encode_special_tokens = True
-        canonical = [json.loads(content), dataclasses.asdict(self.ids)]
+        # Null, as most files have it.
+        plain = parsed | {key: None for key in ("truncation", "padding") if key in parsed}
+        canonical = [plain, dataclasses.asdict(self.ids)]
         self.fingerprint = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
         self._refuse_special_ids_from_text(origin)
 
@@ -111,7 +120,11 @@ def load_tokenizer(directory_or_name: epath.PathLike) -> Tokenizer:
             f"data.tokenizer is {str(directory_or_name)!r}; allowed: {', '.join([TRAINED, *_NAMED])}, or the path of a "
             "tokenizer.json"
         )
-    return _built(path.read_text(encoding="utf-8"), str(path))
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no tokenizer.json: {error.reason} at byte {error.start}; allowed: UTF-8") from None
+    return _built(content, str(path))
 
 
 @functools.lru_cache(maxsize=1)

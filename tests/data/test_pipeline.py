@@ -123,7 +123,7 @@ def test_a_damaged_folder_is_refused(data):
     prepare(data, 16)
     path = Path(data.directory) / "tokenizer" / "tokenizer.json"
     original = path.read_text()
-    path.write_text(original.replace('"model": {', '"model": {"dropout": 0.5,', 1).replace('"dropout": null,', "", 1))
+    path.write_text(original.replace('"fuse_unk": false', '"fuse_unk": true', 1))
     with pytest.raises(UserError, match="is not the tokenizer that"):
         open_dataset(data, 16, "train")
     path.write_text(original)

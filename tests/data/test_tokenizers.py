@@ -1,4 +1,5 @@
 import collections
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -154,6 +155,30 @@ def test_fingerprint_is_that_of_the_content():
     assert compact.fingerprint == one.fingerprint
 
 
+@pytest.mark.parametrize("keys", ["null", "none"])
+def test_files_without_truncation_and_padding_keep_their_fingerprint(bpe, keys):
+    """It stands in manifests and beside checkpoints: sha256 of the content as it is, and the special ids."""
+    content = json.loads(bpe.content)
+    assert content["truncation"] is content["padding"] is None
+    if keys == "none":
+        del content["truncation"], content["padding"]
+    ids = {"bos": 0, "eos": 0, "mask": 270, "vocab_size": 271}
+    expected = hashlib.sha256(json.dumps([content, ids], sort_keys=True).encode()).hexdigest()
+    assert Tokenizer(json.dumps(content), "test").fingerprint == expected
+
+
+def test_truncation_and_padding_of_a_file_are_not_active(bpe, tmp_path):
+    library = tokenizers.Tokenizer.from_str(bpe.content)
+    library.enable_truncation(3)
+    library.enable_padding(length=9)
+    library.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    texts = ["low", "newer lowest words than three tokens hold"]
+    assert loaded.encode_batch(texts) == [bpe.encode(text) for text in texts]
+    assert loaded.decode(loaded.encode(texts[1])) == texts[1]
+    assert loaded.fingerprint == bpe.fingerprint
+
+
 def test_saved_and_loaded(bpe, tmp_path):
     bpe.save(tmp_path / "here")
     for path in (tmp_path / "here", str(tmp_path / "here" / "tokenizer.json")):
@@ -176,6 +201,15 @@ def test_errors(tmp_path):
     gap["model"]["vocab"]["b"] = 7
     with pytest.raises(UserError, match="test has 3 tokens but ids up to 7"):
         Tokenizer(json.dumps(gap), "test")
+    dropout = json.loads(bytes_tokenizer().content)
+    dropout["model"]["dropout"] = 0.1
+    with pytest.raises(UserError, match=r"test has model\.dropout = 0\.1, which makes ids random; allowed: null"):
+        Tokenizer(json.dumps(dropout), "test")
+    dropout["model"]["dropout"] = 0.0
+    assert Tokenizer(json.dumps(dropout), "test").encode("a") == [97]
+    (tmp_path / "tokenizer.json").write_bytes(bytes_tokenizer().content.encode("utf-16"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer\.json: .* at byte 0; allowed: UTF-8$"):
+        load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"reads the text '</s>' as the special token"):
         Tokenizer(_word_level(["<s>", "</s>", "a"]), "test")
 
