@@ -13,8 +13,9 @@ corpus is one shard. A shard's rows depend on its files and the settings alone, 
 same.
 
 Everything is written into `DIRECTORY.unfinished`, where a file has its name only when it is complete, and moved into
-place at the end. A preparation that was interrupted goes on with the first shard that is missing and ends with the same
-bytes.
+place at the end. A preparation that was interrupted, or ended with an error, goes on with the first shard that is missing
+and ends with the same bytes. So the tokenizer and finished shards are kept; what is removed is the folder of a
+preparation that fails before it has a tokenizer, and of one whose corpus proves to have too little text.
 
 In a bucket, where renaming copies, everything is written into DIRECTORY itself, the manifest last: it alone makes a
 folder a prepared one. A bucket knows no lock either. Two preparations of one folder at a time, with the same settings,
@@ -58,7 +59,8 @@ def prepare(
 ) -> Manifest:
     """Prepares the corpus that `data` names as rows of `length` tokens, unless that is done already.
 
-    Prints the licence and the counts of every split.
+    Prints the licence and the counts of every split. After an error the tokenizer and finished shards are kept, if there
+    are any, and the same call goes on with them; a corpus with too little text leaves nothing.
 
     Args:
       data: which corpus, and how.
@@ -138,19 +140,25 @@ def _prepare(
             shards = corpus.shards(data.source, epath.Path(scratch))
         except OSError as error:
             raise UserError(f"data.source is {data.source!r}, which cannot be read: {error}") from None
-        _begin(unfinished, settings, shards)
+        began = _begin(unfinished, settings, shards)
         try:
             tokenizer = _tokenizer(unfinished / "tokenizer", corpus, shards, settings, strict)
-            results = _write_shards(unfinished, corpus, shards, settings, execute, strict)
         except UserError:
-            if not any(unfinished.glob("shard-*.json")):
+            if began and in_bucket(unfinished):
+                (unfinished / BEGUN).unlink(missing_ok=True)  # all else may be another process'
+            elif began:
                 unfinished.rmtree()
             raise
+        results = _write_shards(unfinished, corpus, shards, settings, execute, strict)
     return _finish(unfinished, corpus, settings, tokenizer, results)
 
 
-def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -> None:
-    """Makes the folder, or makes sure that what lies there was begun from the same settings and files."""
+def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -> bool:
+    """Makes the folder, or makes sure that what lies there was begun from the same settings and files.
+
+    Returns:
+      Whether it was made.
+    """
     begun = {"format": FORMAT, "settings": dataclasses.asdict(settings), "inputs": fingerprint(shards)}
     marker = unfinished / BEGUN
     advice = "delete that folder to start over"
@@ -165,10 +173,11 @@ def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -
             if path.is_dir():  # of a task that was killed
                 path.rmtree()
         print(f"Continuing {unfinished}")
-        return
+        return False
     if unfinished.exists() and any(path.suffix != ".tmp" for path in unfinished.iterdir()):
         raise UserError(f"{unfinished} is in the way; {advice}")
     write_text(marker, json.dumps(begun))
+    return True
 
 
 def _tokenizer(

@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 from etils.epath import backend
 
+from bd3_jax.data import prepare as module
 from bd3_jax.data.inspection import inspect
 from bd3_jax.data.pipeline import eval_batches, open_dataset, train_batches
 from bd3_jax.data.prepare import prepare
@@ -132,6 +133,44 @@ def test_interrupted_at_any_moment_it_ends_with_the_same_objects(three_files, tm
             prepare_until(moment)
         prepare(away, 16)
         assert objects_in("gs://bucket/rows") == files_in(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("moment", ["training", "tokenising"])
+def test_an_error_removes_nothing_of_another_process(data, monkeypatch, moment):
+    """Which began the same preparation, so that this one goes on with what is there."""
+    away = dataclasses.replace(data, directory="gs://bucket/rows")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_shards", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(away, 16)
+    if moment == "training":
+        del Bucket.store["/bucket/rows/tokenizer/tokenizer.json"]
+    before = objects_in("gs://bucket/rows")
+    assert "begun.json" in before
+
+    def fail(*args):
+        raise UserError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_bpe" if moment == "training" else "_write_shards", fail)
+        with pytest.raises(UserError, match="no memory left"):
+            prepare(away, 16)
+    assert objects_in("gs://bucket/rows") == before
+    prepare(away, 16)
+
+
+def test_an_error_removes_no_tokenizer_that_another_process_wrote_meanwhile(data, monkeypatch):
+    away = dataclasses.replace(data, directory="gs://bucket/rows")
+    written = epath.Path("gs://bucket/rows/tokenizer/tokenizer.json")
+
+    def fail(*args):
+        written.write_text("theirs")
+        raise UserError("no memory left")
+
+    monkeypatch.setattr(module, "train_bpe", fail)
+    with pytest.raises(UserError, match="no memory left"):
+        prepare(away, 16)
+    assert written.read_text() == "theirs"
 
 
 def test_what_is_in_the_bucket_is_not_overwritten(stored, data):

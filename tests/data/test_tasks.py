@@ -84,6 +84,31 @@ prepare({data!r}, 64)
     assert prepare(data, 64).splits["train"].rows > 10_000
 
 
+def full(path, text):
+    raise UserError(f"cannot write {path}: No space left on device")
+
+
+def test_an_error_in_the_first_shard_keeps_the_trained_tokenizer(three_files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RowWriter, "add", lambda writer, text: full(writer, text))
+        with pytest.raises(UserError, match="No space left"):
+            prepare(three_files, 16)
+    (tokenizer,) = (tmp_path / "rows.unfinished").glob("tokenizer/*")
+    content = tokenizer.read_bytes()
+    monkeypatch.setattr(module, "train_bpe", lambda *args: pytest.fail("it is trained already"))
+    prepare(three_files, 16)
+    assert (tmp_path / "rows" / "tokenizer" / "tokenizer.json").read_bytes() == content
+
+
+def test_an_error_before_there_is_a_tokenizer_leaves_nothing_behind(three_files, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"data\.tokenizer is 'gtp2'"):
+        prepare(dataclasses.replace(three_files, tokenizer="gtp2"), 16)
+    monkeypatch.setattr("bd3_jax.data.tokenizers.write_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        prepare(three_files, 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
 class Killed(BaseException):
     """Stands for the end of the process: no handler of ours catches it."""
 
