@@ -163,7 +163,10 @@ def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -
     marker = unfinished / BEGUN
     advice = "delete that folder to start over"
     if marker.exists():
-        found = json.loads(marker.read_text())
+        try:
+            found = json.loads(marker.read_text())
+        except ValueError:
+            raise UserError(f"{marker} is damaged; delete its folder to start over") from None
         if found.get("format") != FORMAT:
             raise UserError(f"{unfinished} was begun by an earlier version of bd3_jax; {advice}")
         RowSettings(**found["settings"]).require(settings, unfinished, advice)
@@ -205,7 +208,7 @@ def _tokenizer(
 def _write_shards(
     unfinished: epath.Path, corpus: Corpus, shards: list[Shard], settings: RowSettings, execute: Execute, strict: bool
 ) -> list[dict[str, Any]]:
-    """Writes the shards that are missing; returns the result of every shard, in order."""
+    """Writes the shards that are missing or damaged; returns the result of every shard, in order."""
     totals = {split: sum(split in shard.splits for shard in shards) for shard in shards for split in shard.splits}
     seen = dict.fromkeys(totals, 0)
     tasks = []
@@ -215,7 +218,7 @@ def _write_shards(
         result = unfinished / f"shard-{number:05d}.json"
         tasks.append(Task(corpus, shard, settings, unfinished / "tokenizer", outputs, result, strict))
     there = {path.name for path in unfinished.iterdir()}
-    missing = [t for t in tasks if not there.issuperset(path.name for path in (t.result, *t.outputs.values()))]
+    missing = [task for task in tasks if task.result.name not in there or not task.is_done()]
     with _progress_bar("tokenising", shards) as bar:
         bar.update(sum(task.shard.size for task in tasks) - sum(task.shard.size for task in missing))
         if missing:

@@ -53,12 +53,24 @@ class Task:
             counts = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
         result = {
             "splits": counts,
+            "bytes": self._bytes(),
             "sha256": {split: writer.sha256 for split, writer in writers.items()},
             "lengths": {split: writer.lengths for split, writer in writers.items()},
             "malformed": malformed.count,
             "first": malformed.first,
         }
         write_text(self.result, json.dumps(result))
+
+    def is_done(self) -> bool:
+        """Whether the result can be read, and the files are as long as it says; not so after a crash of the machine."""
+        try:
+            return bool(json.loads(self.result.read_text())["bytes"] == self._bytes())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _bytes(self) -> dict[str, int]:
+        """Of every split's file."""
+        return {split: path.stat().length for split, path in self.outputs.items()}
 
 
 Execute = Callable[[list[Task], Report], None]  # runs all tasks

@@ -146,6 +146,42 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
     assert not (tmp_path / "rows.unfinished").exists()
 
 
+@pytest.fixture
+def interrupted(three_files, monkeypatch):
+    """Settings of a preparation that was killed when it had finished two shards of three."""
+    written = []
+    close = RowWriter.close
+
+    def close_or_die(writer):
+        written.append(writer)
+        if len(written) == 5:
+            raise Killed
+        return close(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowWriter, "close", close_or_die)
+        with pytest.raises(Killed):
+            prepare(three_files, 16)
+    return three_files
+
+
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("name", ["shard-00001.json", "files-train.array_record-00001-of-00003"])
+def test_a_finished_shard_that_is_cut_short_is_written_again(interrupted, tmp_path, files_in, name, size):
+    """As when the machine went down before all was on the disk."""
+    os.truncate(tmp_path / "rows.unfinished" / name, size)
+    prepare(interrupted, 16)
+    prepare(dataclasses.replace(interrupted, directory=str(tmp_path / "whole")), 16)
+    assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_damaged_marker_is_told(interrupted, tmp_path, size):
+    os.truncate(tmp_path / "rows.unfinished" / "begun.json", size)
+    with pytest.raises(UserError, match=r"rows\.unfinished/begun\.json is damaged; delete its folder to start over$"):
+        prepare(interrupted, 16)
+
+
 def test_interrupted_while_moving_into_place(data, tmp_path, monkeypatch, files_in):
     prepare(dataclasses.replace(data, directory=str(tmp_path / "whole")), 16)
     monkeypatch.setattr(type(epath.Path(tmp_path)), "unlink", lambda *_, **options: (_ for _ in ()).throw(Killed))
