@@ -13,9 +13,9 @@ corpus is one shard. A shard's rows depend on its files and the settings alone, 
 same.
 
 Everything is written into `DIRECTORY.unfinished`, where a file has its name only when it is complete, and moved into
-place at the end. A preparation that was interrupted, or ended with an error, goes on with the first shard that is missing
-and ends with the same bytes. So the tokenizer and finished shards are kept; what is removed is the folder of a
-preparation that fails before it has a tokenizer, and of one whose corpus proves to have too little text.
+place at the end. A preparation that was interrupted goes on with the first shard that is missing and ends with the same
+bytes. So does one that ended with an error: the tokenizer and finished shards are kept. What is removed is the folder of
+a preparation that fails before it has a tokenizer, and of one whose corpus proves to have too little text.
 
 In a bucket, where renaming copies, everything is written into DIRECTORY itself, the manifest last: it alone makes a
 folder a prepared one. A bucket knows no lock either. Two preparations of one folder at a time, with the same settings,
@@ -59,19 +59,21 @@ def prepare(
 ) -> Manifest:
     """Prepares the corpus that `data` names as rows of `length` tokens, unless that is done already.
 
-    Prints the licence and the counts of every split. After an error the tokenizer and finished shards are kept, if there
-    are any, and the same call goes on with them; a corpus with too little text leaves nothing.
+    Prints the licence and the counts of every split. After an error the tokenizer and finished shards, where there are
+    any, are kept, and the same call goes on with them; a corpus with too little text leaves nothing.
 
     Args:
       data: which corpus, and how.
       length: L.
       workers: processes; with 1, this process tokenises in all cores.
-      strict: a record that holds no text is an error; else it is left out and counted.
+      strict: a record that holds no text is an error, also where it was left out before; else it is left out and
+        counted.
       execute: runs the tasks elsewhere, in place of `workers` processes.
 
     Raises:
       UserError: unknown corpus, missing or malformed source, too little text for a row, a full disk, or a folder in the
-        way that holds other things or rows made with other settings, or that another process is preparing.
+        way that holds other things or rows made with other settings, is a mount point, or that another process is
+        preparing.
     """
     if workers < 1:
         raise UserError(f"--workers is {workers}; allowed: 1 or more")
@@ -84,12 +86,12 @@ def prepare(
     if os.path.islink(directory):
         directory = real_path(directory)  # nothing need be there yet
     if is_prepared(directory):
-        manifest = load_manifest(directory)
-        manifest.settings.require(settings, directory, "choose another data.directory, or delete this one")
-        if in_bucket(directory):
-            _remove_leftovers(directory)  # if it was interrupted just then
-        print(f"Already prepared: {directory}\n{manifest.describe()}")
-        return manifest
+        return _already(directory, settings, strict)
+    if os.path.ismount(directory):
+        raise UserError(
+            f"data.directory is {data.directory!r}, a mount point, which rows cannot be moved onto; allowed: "
+            "a folder inside it"
+        )
     begun = in_bucket(directory) and (directory / BEGUN).exists()
     if not begun and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
@@ -98,8 +100,31 @@ def prepare(
     require_writable(directory, "data.directory")
     busy = f"data.directory is {data.directory!r}, which another process is preparing; allowed: another, or later"
     with alone(directory.parent / f".{directory.name}.lock", busy):
+        if is_prepared(directory):  # by another process, since that was looked up
+            return _already(directory, settings, strict)
         manifest = _prepare_alone(directory, data, settings, execute or partial(run_here, workers=workers), strict)
     print(f"Prepared: {directory}\n{manifest.describe()}")
+    return manifest
+
+
+def _already(directory: epath.Path, settings: RowSettings, strict: bool) -> Manifest:
+    """What is prepared in `directory`, if it is what is wanted."""
+    manifest = _load_wanted(directory, settings, strict, "choose another data.directory, or delete this one")
+    if in_bucket(directory):
+        _remove_leftovers(directory)  # if it was interrupted just then
+    print(f"Already prepared: {directory}\n{manifest.describe()}")
+    return manifest
+
+
+def _load_wanted(directory: epath.Path, settings: RowSettings, strict: bool, advice: str) -> Manifest:
+    """Raises UserError where `directory` was prepared with other settings, or without records that `strict` wants."""
+    manifest = load_manifest(directory)
+    manifest.settings.require(settings, directory, advice)
+    if strict and manifest.malformed:
+        raise UserError(
+            f"{directory} was prepared without {manifest.malformed:,} malformed records, the first: "
+            f"{manifest.first_malformed}; allowed with --strict: none; {advice}"
+        )
     return manifest
 
 
@@ -109,8 +134,7 @@ def _prepare_alone(
     """Goes on with what is unfinished, or begins; makes `directory` of it."""
     unfinished = directory if in_bucket(directory) else directory.parent / f"{directory.name}.unfinished"
     if is_prepared(unfinished):  # and all but moved into place
-        manifest = load_manifest(unfinished)
-        manifest.settings.require(settings, unfinished, "delete that folder to start over")
+        manifest = _load_wanted(unfinished, settings, strict, "delete that folder to start over")
     else:
         try:
             manifest = _prepare(unfinished, data, settings, execute, strict)

@@ -62,9 +62,13 @@ class Task:
         write_text(self.result, json.dumps(result))
 
     def is_done(self) -> bool:
-        """Whether the result can be read, and the files are as long as it says; not so after a crash of the machine."""
+        """Whether the result can be read, the files are as long as it says, and `strict` allows what they hold.
+
+        Files may be cut short where the machine went down.
+        """
         try:
-            return bool(json.loads(self.result.read_text())["bytes"] == self._bytes())
+            result = json.loads(self.result.read_text())
+            return result["bytes"] == self._bytes() and not (self.strict and result["malformed"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

@@ -1,12 +1,15 @@
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
+from bd3_jax.data import prepare as module
 from bd3_jax.data.corpora import split_by_hash
 from bd3_jax.data.manifest import SplitCounts, load_manifest
 from bd3_jax.data.pipeline import open_dataset
@@ -145,6 +148,32 @@ def test_two_preparations_of_one_folder_do_not_meet(data, tmp_path):
         prepare(data, 16)
     prepare(data, 16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "rows"]
+
+
+def test_another_process_may_finish_just_before_the_lock_is_taken(data, tmp_path, monkeypatch, files_in, capsys):
+    @contextlib.contextmanager
+    def late(*args):
+        monkeypatch.undo()
+        prepare(data, 16)
+        before.update(files_in(tmp_path / "rows"))
+        with alone(*args):
+            yield
+
+    before = {}
+    monkeypatch.setattr(module, "alone", late)
+    assert prepare(data, 16) == load_manifest(epath.Path(data.directory))
+    assert "Already prepared" in capsys.readouterr().out
+    assert files_in(tmp_path / "rows") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "rows"]
+
+
+def test_a_mount_point_is_refused(data, monkeypatch):
+    """Rows are prepared beside their folder, which would be another disk, and take its place."""
+    with pytest.raises(UserError, match=r"data\.directory is '/', a mount point, .*; allowed: a folder inside it"):
+        prepare(dataclasses.replace(data, directory="/"), 16)
+    prepare(data, 16)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    prepare(data, 16)  # what is prepared may be mounted
 
 
 def test_done_is_kept_and_reported(data, capsys, tmp_path, files_in):

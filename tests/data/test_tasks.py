@@ -61,6 +61,24 @@ def test_malformed_records_are_counted_or_fatal(three_files, tmp_path, capsys, w
     assert manifest.first_malformed.startswith(f"{path}, line 68: Expecting value")
 
 
+def test_strict_does_not_pass_where_records_were_left_out_before(three_files, tmp_path, monkeypatch):
+    """In a shard that is finished, in all of them before they were moved into place, and in what is prepared."""
+    path = tmp_path / "corpus" / "0.jsonl"
+    path.write_text(path.read_text() + '\n{"text": 3}\n')
+    data = dataclasses.replace(three_files, tokenizer="bytes")
+    message = r"0\.jsonl, line 68: no text in the field 'text'"
+    for function in ("_finish", "_remove_leftovers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, lambda *args: (_ for _ in ()).throw(Killed))
+            with pytest.raises(Killed):
+                prepare(data, 16)
+        with pytest.raises(UserError, match=message):
+            prepare(data, 16, strict=True)
+    assert prepare(data, 16).malformed == 1
+    with pytest.raises(UserError, match=rf"rows was prepared without 1 malformed records, the first: .*{message}"):
+        prepare(data, 16, strict=True)
+
+
 def test_a_full_disk_is_told_and_what_is_done_is_kept(three_files, tmp_path):
     """A limit on the size of files stands for the disk: the second shard is too large for it."""
     (tmp_path / "corpus" / "1.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(200_000)))}))
