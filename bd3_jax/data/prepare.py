@@ -14,8 +14,8 @@ same.
 
 Everything is written into `DIRECTORY.unfinished`, where a file has its name only when it is complete, and moved into
 place at the end. A preparation that was interrupted goes on with the first shard that is missing and ends with the same
-bytes. So does one that ended with an error: the tokenizer and finished shards are kept. What is removed is the folder of
-a preparation that fails before it has a tokenizer, and of one whose corpus proves to have too little text.
+bytes. So does one that ended with an error: the tokenizer and finished shards are kept. What is removed is the folder
+of a preparation that fails before it has a tokenizer, and of one whose corpus proves to have too little text.
 
 In a bucket, where renaming copies, everything is written into DIRECTORY itself, the manifest last: it alone makes a
 folder a prepared one. A bucket knows no lock either. Two preparations of one folder at a time, with the same settings,
