@@ -65,5 +65,8 @@ def _replace(text: str, *pairs: tuple[str, str]) -> str:
 
 def _strip_inside(text: str, opening: str, closing: str) -> str:
     """`( a )` -> `(a)`: white space next to paired brackets or quotes."""
-    first, last = re.escape(opening), re.escape(closing)
-    return re.sub(f"{first}([^{last}]*){last}", lambda match: opening + match[1].strip() + closing, text)
+    parts, done = [], 0
+    while (first := text.find(opening, done)) >= 0 and (last := text.find(closing, first + 1)) >= 0:
+        parts += [text[done : first + 1], text[first + 1 : last].strip(), closing]
+        done = last + 1
+    return "".join([*parts, text[done:]])
