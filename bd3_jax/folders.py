@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 
 import fsspec
@@ -107,15 +108,23 @@ def free_path(path: epath.Path) -> epath.Path:
 
 
 def write_text(path: epath.Path, content: str) -> None:
-    """Writes a file, and its folder, such that it has its name only when it is complete. Raises UserError."""
+    """Writes a file, and its folder, such that it has its name only when it is complete. Raises UserError.
+
+    Until then it is beside it as NAME.*.tmp, with a name of its own for every call, so that processes that write the
+    same file do not meet. It goes if that fails; a process that is killed leaves it.
+    """
     with writing(path):
         if in_bucket(path):
             path.write_text(content, encoding="utf-8")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f"{path.name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def append_text(path: epath.Path, content: str) -> None:

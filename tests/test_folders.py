@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from bd3_jax.errors import UserError
-from bd3_jax.folders import alone, append_text, free_path, reachable, require_writable, writing
+from bd3_jax.folders import alone, append_text, free_path, reachable, require_writable, write_text, writing
 from tests.data.bucket import bucket
 
 
@@ -60,6 +60,29 @@ def test_text_is_appended_to_files_and_objects(root):
             append_text(path, "one\n")
             append_text(path, "two\n")
             assert path.read_text() == "one\ntwo\n"
+
+
+def test_two_that_write_the_same_file_do_not_meet(root, monkeypatch):
+    """The second writes all of it just before the first gives its own the name."""
+    write = type(root).write_text
+
+    def write_while_another_does(path, content, **options):
+        monkeypatch.undo()
+        write(path, content, **options)
+        write_text(root / "file", "theirs")
+        assert (root / "file").read_text() == "theirs"
+
+    monkeypatch.setattr(type(root), "write_text", write_while_another_does)
+    write_text(root / "file", "mine")
+    assert (root / "file").read_text() == "mine"
+    assert [path.name for path in root.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_written_leaves_nothing(root):
+    (root / "name").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*/name: .*directory"):
+        write_text(root / "name", "content")
+    assert [path.name for path in root.iterdir()] == ["name"]
 
 
 def test_a_killed_process_holds_nothing(root):

@@ -150,9 +150,22 @@ def _prepare_alone(
 
 def _remove_leftovers(directory: epath.Path) -> None:
     """Removes what only serves to go on with a preparation, the marker last."""
+    _remove_temporary(directory)
     for pattern in ("shard-*.json", BEGUN):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)  # perhaps another process did
+
+
+def _remove_temporary(directory: epath.Path) -> None:
+    """Removes what processes that were killed had begun to write; a bucket has nothing of the kind."""
+    if in_bucket(directory):
+        return
+    for pattern in ("*.tmp", "tokenizer/*.tmp"):
+        for path in directory.glob(pattern):
+            if path.is_dir():  # of a task
+                path.rmtree()
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _prepare(
@@ -196,9 +209,7 @@ def _begin(unfinished: epath.Path, settings: RowSettings, shards: list[Shard]) -
         RowSettings(**found["settings"]).require(settings, unfinished, advice)
         if found["inputs"] != begun["inputs"]:
             raise UserError(f"{unfinished} was begun from other files than {settings.corpus} now has; {advice}")
-        for path in unfinished.glob("*.tmp"):
-            if path.is_dir():  # of a task that was killed
-                path.rmtree()
+        _remove_temporary(unfinished)
         print(f"Continuing {unfinished}")
         return False
     if unfinished.exists() and any(path.suffix != ".tmp" for path in unfinished.iterdir()):

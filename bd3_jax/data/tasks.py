@@ -27,7 +27,8 @@ Report = Callable[[int, int], None]  # takes (bytes read, documents) since the l
 class Task:
     """One shard, to be written by any process; `result` appears when it is done.
 
-    Two processes that do the same task at a time do not meet: they write the same bytes, each whole.
+    Two processes that do the same task at a time do not meet: they write the same bytes, each under temporary names of
+    its own that end in .tmp, and what has its final name is whole.
     """
 
     corpus: Corpus

@@ -15,6 +15,7 @@ from etils import epath
 from bd3_jax.data import prepare as module
 from bd3_jax.data.prepare import prepare
 from bd3_jax.data.rows import RowWriter
+from bd3_jax.data.tasks import run_here
 from bd3_jax.errors import UserError
 
 
@@ -190,6 +191,31 @@ def test_a_finished_shard_that_is_cut_short_is_written_again(interrupted, tmp_pa
     os.truncate(tmp_path / "rows.unfinished" / name, size)
     prepare(interrupted, 16)
     prepare(dataclasses.replace(interrupted, directory=str(tmp_path / "whole")), 16)
+    assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
+
+
+def test_what_killed_processes_had_begun_to_write_is_removed(interrupted, tmp_path, files_in):
+    """Those of before, and a worker of this preparation."""
+    folder = tmp_path / "rows.unfinished"
+
+    def leave(name):
+        for path in (
+            folder / f"{name}.tmp",
+            folder / "tokenizer" / f"{name}.tmp",
+            folder / f"{name}-of-task.tmp" / "x",
+        ):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("half")
+
+    def execute(tasks, report):
+        assert not list(folder.rglob("*.tmp"))
+        run_here(tasks, report, workers=1)
+        leave("worker")
+
+    leave("before")
+    prepare(interrupted, 16, execute=execute)
+    prepare(dataclasses.replace(interrupted, directory=str(tmp_path / "whole")), 16)
+    assert not list((tmp_path / "rows").rglob("*.tmp"))
     assert files_in(tmp_path / "rows") == files_in(tmp_path / "whole")
 
 
