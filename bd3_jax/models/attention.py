@@ -95,14 +95,14 @@ def cached(
     v: Heads,
     cache_k: Float[Array, "b h S k"],
     cache_v: Float[Array, "b h S k"],
-    valid: Bool[Array, "b S"],
+    old: Bool[Array, "b #Lq S"],
     own: Bool[Array, "b Lq Lk"] | None = None,
 ) -> Heads:
-    """Queries attend to the valid entries of the cache and to those of `k` that `own` allows; None: to all of them.
+    """Queries attend to the entries of the cache that `old` allows, and to those of `k` that `own` does; None: to all.
 
     One softmax over both, which are not laid side by side.
     """
-    parts = [(cache_k, cache_v, valid[:, None, None, :]), (k, v, None if own is None else own[:, None])]
+    parts = [(cache_k, cache_v, old[:, None]), (k, v, None if own is None else own[:, None])]
     scores = []
     for keys, _, seen in parts:
         score = jnp.einsum("bhqd,bhkd->bhqk", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5

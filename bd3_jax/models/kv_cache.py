@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 Layers = Any  # Float[Array, "layers b h S k"], or a tuple of Float[Array, "b h S k"]
@@ -53,8 +54,19 @@ class KVCache:
     @property
     def valid(self) -> Bool[Array, "b S"]:
         """Which slots hold a token of the sequence."""
-        age = (self.end - 1 - jnp.arange(self.capacity)) % max(self.capacity, 1)
-        return age[None, :] < self.length[:, None]
+        return self._age < self.length[:, None]
+
+    @property
+    def _age(self) -> Int[Array, "S"]:
+        """How many tokens after a slot's own were stored."""
+        return (self.end - 1 - jnp.arange(self.capacity)) % max(self.capacity, 1)
+
+    def visible(self, ahead: Int[np.ndarray, "n"]) -> Bool[Array, "b n S"]:
+        """Which slots queries see whose blocks begin so many tokens after the newest in the ring.
+
+        None sees more than S tokens before its block: just as if those between had been stored in place of the oldest.
+        """
+        return self.valid[:, None] & (self._age < self.capacity - ahead[:, None])
 
     def append(self, block: KVBlock) -> "KVCache":
         """Stores a finished block of every sequence, in place of the oldest once the ring is full.

@@ -256,7 +256,8 @@ class Network:
 
         Args:
           params: see `init`; frozen where there are many calls.
-          tokens: they follow what is cached; one block, or several, which see each other block-causally. At negative
+          tokens: they follow what is cached; one block, or several, which see each other block-causally, and each no
+            more than S tokens before it, S the cache's capacity, if all but the last of them fit into it. At negative
             positions (see `KVCache`) they are seen by nobody but their own block.
           cache: of earlier tokens.
           block_size: None: T.
@@ -268,18 +269,25 @@ class Network:
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         cos, sin = rotary_angles(positions, self.model.width // self.model.num_heads)
         rotary = (cos[:, None, None], sin[:, None, None])  # broadcast over heads and streams
-        valid, own = cache.valid, None
+        ahead, own = np.zeros(1, int), None
         if block_size is not None and block_size < tokens.shape[1]:
+            ahead = np.arange(tokens.shape[1]) // block_size * block_size
             number = positions // block_size
             same, earlier = number[:, :, None] == number[:, None, :], number[:, :, None] > number[:, None, :]
             own = same | (earlier & (positions >= 0)[:, None, :])
+        old = cache.visible(ahead)
 
         def apply_layer(x: Array, xs: tuple[Any, Array, Array], at: Array | None = None) -> tuple[Array, KVBlock]:
             layer, keys, values = xs
-            seen = own if own is None or at is None else jnp.take_along_axis(own, at[..., None], axis=1)
+            seen = old, own
+            if own is not None and at is not None:
+                seen = (
+                    jnp.take_along_axis(old, at[..., None], axis=1),
+                    jnp.take_along_axis(own, at[..., None], axis=1),
+                )
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                return attention.cached(q[:, :, 0], k[:, :, 0], v[:, :, 0], keys, values, valid, seen)[:, :, None]
+                return attention.cached(q[:, :, 0], k[:, :, 0], v[:, :, 0], keys, values, *seen)[:, :, None]
 
             x, (k, v) = layer(x, rotary, attend, None, 1, at)
             return x, KVBlock(k[:, :, 0], v[:, :, 0])

@@ -129,7 +129,7 @@ def test_cached_sees_valid_entries_and_itself():
     q, k, v, _ = (x[:, :, 0] for x in operands(1, 2))
     _, old_k, old_v, _ = (x[:, :, 0] for x in operands(1, 5, seed=1))
     valid = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
-    out = attention.cached(q, k, v, old_k, old_v, jnp.asarray(valid))
+    out = attention.cached(q, k, v, old_k, old_v, jnp.asarray(valid)[:, None])
     for row in range(2):
         seen_k = jnp.concatenate([old_k[row, :, valid[row]].swapaxes(0, 1), k[row]], axis=1)
         seen_v = jnp.concatenate([old_v[row, :, valid[row]].swapaxes(0, 1), v[row]], axis=1)

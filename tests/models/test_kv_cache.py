@@ -59,6 +59,16 @@ def test_a_sequence_may_take_the_place_of_another(before):
     assert contents(cache, 1) == [3, 4, 5, 6, 7, 8]
 
 
+def test_queries_further_on_see_no_more_than_s_tokens_before_their_block():
+    cache = empty(6, lengths=(0, -4))
+    for n in range(3):
+        cache = cache.append(block([2 * n + 1, 2 * n + 2]))
+    keys, visible = cache.keys[0, :, 0, :, 0], cache.visible(np.array([0, 2, 4, 6]))
+    seen = [[np.sort(keys[row][each]).tolist() for each in visible[row]] for row in (0, 1)]
+    assert seen[0] == [[1, 2, 3, 4, 5, 6], [3, 4, 5, 6], [5, 6], []]
+    assert seen[1] == [[5, 6], [5, 6], [5, 6], []]
+
+
 def test_no_capacity_keeps_nothing():
     cache = empty(0).append(block([1, 2]))
     assert cache.valid.shape == (2, 0)
