@@ -129,6 +129,21 @@ def random_params() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def attentive_params(random_params: Callable[..., Any]) -> Callable[..., Any]:
+    """Draws parameters with which a model depends on all that it sees; the larger its output layer, the surer it is."""
+
+    def draw(lm: LanguageModel, output: float, seed: int = 0) -> Any:
+        params = random_params(lm, seed, scale=1.5)
+        # Nothing that is the same in every context.
+        params["output"] = {"kernel": output * params["output"]["kernel"], "bias": 0 * params["output"]["bias"]}
+        if "final_modulation" in params:
+            params["final_modulation"] = jax.tree.map(np.zeros_like, params["final_modulation"])
+        return params
+
+    return draw
+
+
+@pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """Settings of a model that trains in seconds, data prepared; takes a config string and fields by dotted name."""
     source, rows = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data") / "rows"

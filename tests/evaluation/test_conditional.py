@@ -24,17 +24,12 @@ def evaluation(estimator, batch_size=27, seed=0):
 
 
 @pytest.fixture
-def toy(toy_lm, random_params):
+def toy(toy_lm, attentive_params):
     """A model of 3 tokens, and parameters with which it depends on all that it sees and is nowhere sure."""
 
     def build(objective, block_size=0, **settings):
         lm = toy_lm(objective, block_size, vocab_size=TOKENS + 1, **{"length": LENGTH, **settings})
-        params = random_params(lm, scale=1.5)
-        # Nothing that is the same in every context.
-        params["output"] = {"kernel": 0.15 * params["output"]["kernel"], "bias": 0 * params["output"]["bias"]}
-        if "final_modulation" in params:
-            params["final_modulation"] = jax.tree.map(np.zeros_like, params["final_modulation"])
-        return lm, params
+        return lm, attentive_params(lm, output=0.15)
 
     return build
 

@@ -10,10 +10,14 @@ from tests.sampling.settings import sampling_config
 
 
 @pytest.fixture
-def make(toy_lm, random_params):
+def make(toy_lm, attentive_params):
+    """A sampler, and parameters with which what is drawn depends on the whole context."""
+
     def build(objective, block_size=0, num_layers=2, **fields):
         lm = toy_lm(objective, block_size, num_layers=num_layers)
-        return Sampler(lm, sampling_config(objective, **fields)), random_params(lm)
+        return Sampler(lm, sampling_config(objective, **fields)), attentive_params(
+            lm, output=0.15 if objective == "ar" else 0.4
+        )
 
     return build
 
