@@ -40,6 +40,10 @@ class Layout:
     def length(self) -> int:
         return self.size + (self.num_blocks - 1) * self.stride
 
+    def block_of(self, place: int) -> int:
+        """Number of the block that draws the token at a place: how many whole blocks the tokens before it make."""
+        return 0 if place < self.size else 1 + (place - self.size) // self.stride
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

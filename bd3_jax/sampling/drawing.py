@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,12 @@ from bd3_jax.sampling.contexts import Memory
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sampling.stopping import DRAWS, WINDOW, Stop, StopRule
 from bd3_jax.sharding import by_rows, place, spec
+
+ADVICE = {
+    "entropy": "lower config.sampling.min_entropy, or train the model longer",
+    "eos": "lower config.sampling.max_length, or set config.sampling.variable_length to False",
+}
+"""What to do about a sample that is discarded again and again, by the reason."""
 
 
 @dataclasses.dataclass
@@ -87,6 +94,7 @@ class Slots:
         self._sampler, self._rows, self._sharding = sampler, rows.reshape(-1, rows.shape[-1]), sharding
         self._weights = sampler.freeze(params)
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
+        self._discarded: Counter[tuple[int, str]] = Counter()  # draws of a sample, by the reason
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
         fresh = sampler.start(self._weights, self._rows[0], self._given(self._rows[0]))
         self._opening = (0, fresh)
@@ -141,10 +149,11 @@ class Slots:
             drawn.seconds += share
             stop = self._take(drawn, jax.tree.map(lambda leaf, slot=slot: leaf[slot], filled))
             if stop and self._discards():
-                if drawn.rejected + 1 == DRAWS:
+                self._discarded[drawn.index, stop.reason] += 1
+                if self._discarded[drawn.index, stop.reason] == DRAWS[stop.reason]:
                     raise UserError(
-                        f"sample {drawn.index} was discarded {DRAWS} times ({self._why(stop)}); allowed are samples "
-                        "without: lower config.sampling.min_entropy, or train the model longer"
+                        f"sample {drawn.index} was discarded {DRAWS[stop.reason]} times ({self._why(stop)}); "
+                        f"allowed are samples without: {ADVICE[stop.reason]}"
                     )
                 again[slot] = self.new(drawn.index, drawn.rejected + 1, drawn.seconds)
             elif stop or drawn.blocks == self._layout.num_blocks or self._ends(drawn):
@@ -158,6 +167,8 @@ class Slots:
     def _take(self, drawn: Drawn, filled: Filled) -> Stop | None:
         """Adds the blocks of one sequence, one after the other, up to where it stops or ends."""
         size, stride = self._layout.size, self._layout.stride
+        row = self._rows[drawn.index % len(self._rows)]
+        given = int(np.flatnonzero(row != self._sampler.model.ids.mask)[-1]) + 1  # up to the last, of a text with gaps
         for block in range(min(self._blocks, self._layout.num_blocks - drawn.blocks)):
             here = slice(drawn.blocks * stride, drawn.blocks * stride + size)
             of_block = slice(block * size, (block + 1) * size)
@@ -169,7 +180,7 @@ class Slots:
             drawn.cache_calls += int(filled.cache_calls[block])
             drawn.blocks += 1
             drawn.length = self._end(drawn.blocks)
-            if stop := self._stop_rule(drawn.tokens):
+            if stop := self._stop_rule(drawn.tokens, given):
                 return stop
         return None
 
@@ -186,7 +197,7 @@ class Slots:
         """
         masked = row == self._sampler.model.ids.mask
         given = int(masked.argmax()) if masked.any() else len(row)
-        whole = 0 if given < self._layout.size else 1 + (given - self._layout.size) // self._layout.stride
+        whole = self._layout.block_of(given)
         at_once = self._sampler.model.length // self._layout.size
         return min(whole, at_once, self._layout.num_blocks - 1)
 
@@ -247,21 +258,20 @@ def draw(
 ) -> Iterator[Drawn]:
     """Samples 0 to count - 1, in this order, at most `batch` at a time; see `Slots`, also for `redraws` and `ends`.
 
-    A slot takes the next sample as soon as its own is finished. `watch` is called with every sample in progress
-    whenever a block of it is finished; the blocks then come one by one. `before_step` is called before every device
-    call, equally often on all processes; what it raises ends the drawing.
+    A slot takes the next sample as soon as its own is finished. `watch` is called with the first of the samples in
+    progress whenever a block of it is finished; the blocks then come one by one. `before_step` is called before every
+    device call, equally often on all processes; what it raises ends the drawing.
     """
     slots = Slots(sampler, params, rows, batch, sharding, 1 if watch else None, redraws, ends)
     finished: dict[int, Drawn] = {}
     waiting, following = iter(range(count)), 0
     while following < count:
         slots.begin({slot: slots.new(index) for slot, index in zip(slots.free, waiting, strict=False)})
-        in_progress = [drawn for drawn in slots.drawing if drawn]
+        first = min((drawn for drawn in slots.drawing if drawn), key=lambda drawn: drawn.index)
         before_step()
         finished |= {drawn.index: drawn for drawn in slots.step()}
         if watch:
-            for drawn in in_progress:
-                watch(drawn)
+            watch(first)
         while following in finished:
             yield finished.pop(following)
             following += 1

@@ -38,7 +38,8 @@ def pieces(sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenize
 class Watch:
     """Shows in a terminal how each block of a sample fills up, tokens coloured by their confidence.
 
-    Called with a sample after each of its blocks. Where the output is no terminal, the text comes block by block.
+    Called with a sample after each of its blocks, or after some at once. Where the output is no terminal, it comes
+    as plain text, block by block.
     """
 
     COLOURS = (203, 215, 229, 157, 84)

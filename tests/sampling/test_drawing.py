@@ -154,7 +154,7 @@ def test_low_entropy_is_drawn_anew_or_cut_off(make, soon):
     with pytest.raises(UserError, match=r"sample 0 was discarded 10 times \(the entropy of 8 tokens fell below 1.0"):
         tokens_of(sampler, degenerate, 3, 2)
     cut = list(draw(change(sampler, variable_length=True), degenerate, sampler.canvas([[1, 2, 3, 4, 5]])[0], 2, 2))
-    assert [(drawn.stopped, drawn.tokens.tolist()) for drawn in cut] == [("entropy", [0, 1, 2, 3])] * 2
+    assert [(drawn.stopped, drawn.tokens.tolist()) for drawn in cut] == [("entropy", [0, 1, 2, 3, 4, 5, 7, 7])] * 2
     # Samples that are not degenerate are those of a run without the rule; the others have had other draws.
     sampler, params = make("bd3lm", 4, max_length=24, nucleus=1.0, temperature=3.0)
     free = tokens_of(sampler, params, 8, 4)
@@ -165,6 +165,29 @@ def test_low_entropy_is_drawn_anew_or_cut_off(make, soon):
     assert 0 < sum(count > 0 for count in rejected) < 8
     for tokens, drawn in zip(free, held, strict=True):
         assert (drawn.tokens.tolist() == tokens) == (drawn.rejected == 0)
+
+
+def test_what_is_given_neither_stops_a_sample_nor_discards_it(make, soon):
+    sampler, params = make("bd3lm", 4, max_length=24, variable_length=True)
+    text = [3, 0, 5, None, 0, 1, *[7] * 12, None, None, 0, 2, 4]
+    for drawn in draw(sampler, params, sampler.canvas([text])[0], 2, 2):
+        assert (drawn.stopped, len(drawn.tokens)) == ("", 24)
+    sampler, params = make("bd3lm", 4, max_length=16, min_entropy=1.5, nucleus=1.0, temperature=3.0)
+    assert [drawn.rejected for drawn in draw(sampler, params, sampler.canvas([[7] * 10])[0], 2, 2)] == [0, 0]
+
+
+def test_an_eos_within_may_be_drawn_often(make, soon, monkeypatch):
+    """Where most samples of SEDD hold one; and where all do."""
+    sampler, params = make("sedd", variable_length=True, num_steps=2, nucleus=1.0)
+    params = jax.tree.map(np.zeros_like, params)
+    params["output"]["bias"] = np.where(np.arange(11) == 0, np.log(2.25), 0.0).astype(np.float32)
+    held = list(draw(sampler, params, sampler.canvas([[]])[0], 16, 16))
+    assert max(drawn.rejected for drawn in held) >= 10
+    assert all((drawn.tokens == 0).sum() == 1 for drawn in held)
+    monkeypatch.setitem(stopping.DRAWS, "eos", 12)
+    message = r"discarded 12 times \(EOS within, .*\); allowed are samples without: lower config.sampling.max_length"
+    with pytest.raises(UserError, match=message):
+        tokens_of(sampler, flat(params, 0), 2, 16)
 
 
 def test_sedd_samples_that_would_stop_are_discarded(make, soon):

@@ -35,11 +35,27 @@ def with_eos(*positions):
     ],
 )
 def test_stops(tokens, variable, expected):
-    assert StopRule(variable, 4.0, EOS)(tokens) == expected
+    assert StopRule(variable, 4.0, EOS)(tokens, given=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "given", "expected"),
+    [
+        (with_eos(0, 99), 301, None),
+        (with_eos(0, 99, 300, 320), 301, Stop("eos", 321)),
+        (with_eos(99, 320), 301, Stop("eos", 321)),  # one that is given counts
+        (with_eos(320), 301, None),
+        (np.where(np.arange(400) < 144, VARIED, 7), 144, Stop("entropy", 144)),
+        (np.where(np.arange(400) < 144, VARIED, 7), 145, None),
+        (np.full(400, 7), 400, None),
+    ],
+)
+def test_nothing_stops_for_what_is_given(tokens, given, expected):
+    assert StopRule(True, 4.0, EOS)(tokens, given) == expected
 
 
 def test_no_minimum():
-    assert StopRule(False, 0.0, EOS)(np.full(400, 7)) is None
+    assert StopRule(False, 0.0, EOS)(np.full(400, 7), given=1) is None
 
 
 @pytest.mark.parametrize(

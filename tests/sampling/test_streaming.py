@@ -29,6 +29,15 @@ def test_pieces_are_the_text(model):
     assert told[0].startswith("Ab")
 
 
+def test_the_first_of_several_is_watched(model):
+    sampler, params = model
+    row, out = sampler.canvas([TOKENIZER.encode("Ab")])[0], io.StringIO()
+    drawn = list(draw(sampler, params, row, 3, 2, watch=Watch(TOKENIZER, out)))
+    texts = ["".join(TOKENIZER.decode([token]) for token in each.tokens[1:]) for each in drawn]
+    # The third begins where the first two have ended.
+    assert out.getvalue() == f"\n--- sample 0\n{texts[0]}\n--- sample 2\n{texts[2]}"
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
