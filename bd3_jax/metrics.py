@@ -67,20 +67,32 @@ def read_all(workdir: epath.Path) -> list[Record]:
     return sorted(records, key=lambda record: record["step"])
 
 
+def to_json(record: Record) -> str:
+    """A line of such a file. A number that is not finite becomes null, at any depth, since JSON has none."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), allow_nan=False)
+
+
 def append_metrics(workdir: epath.Path, record: Record, file_name: str = FILE_NAME) -> None:
     """Appends a line to the metrics of a run, or to another such file.
 
-    A number that is not finite becomes null, since JSON has none. What a kill left of a last line goes first.
+    A number that is not finite becomes null. What a kill left of a last line goes first.
 
     Raises:
       UserError: the file cannot be written, or is no run's.
     """
     path = workdir / file_name
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with writing(path):
         if not _is_whole(path):
             _write(path, read_metrics(workdir, file_name))
-        append_text(path, json.dumps(finite, allow_nan=False) + "\n")
+        append_text(path, to_json(record) + "\n")
 
 
 def drop_after(workdir: epath.Path, step: int, measured: int | None = None) -> None:

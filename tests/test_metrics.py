@@ -26,6 +26,13 @@ def test_records_are_one_object_a_line(workdir):
     assert [json.loads(line) for line in lines] == read_metrics(workdir) == wanted
 
 
+def test_what_is_not_finite_is_null_at_any_depth(workdir):
+    candidates = [[0.1, 0.6, float("nan")], (0.2, 0.7, 1.5)]
+    append_metrics(workdir, {"step": 1, "search/candidates": candidates, "more": {"inner": float("inf")}})
+    wanted = {"step": 1, "search/candidates": [[0.1, 0.6, None], [0.2, 0.7, 1.5]], "more": {"inner": None}}
+    assert read_metrics(workdir) == [wanted]
+
+
 @pytest.mark.parametrize("end", ['{"step": 1, "train/lo', '{"step": 1', "{", "\0\0"])
 def test_what_a_kill_left_of_a_line_goes_before_the_next(workdir, end):
     append_metrics(workdir, {"step": 0})

@@ -155,19 +155,17 @@ def _position_chart(metrics: list[dict[str, Any]]) -> str:
 
 def _search(metrics: list[dict[str, Any]]) -> str:
     """The last search of the interval: a chart for each width, and a table; and what was chosen before."""
-    rows: list[list[float]] = _last(metrics, "search/candidates") or []
+    rows: list[tuple[float, float, float | None]] = _last(metrics, "search/candidates") or []
     if not rows:
         return ""
     chosen = [_last(metrics, "search/low"), _last(metrics, "search/high")]
     widths = sorted({round(high - low, 2) for low, high, _ in rows})
-    lines = [
-        (f"Variance at width {width:g}", [(low, value) for low, high, value in rows if round(high - low, 2) == width])
-        for width in widths
-    ]
+    lines = [(f"Variance at width {width:g}", _finite(rows, width)) for width in widths]
     charts = [_chart(title, points, "lower bound") for title, points in lines if len(points) > 1]
     charts += [_chart(f"Chosen {name} bound", series(metrics, f"search/{name}")) for name in ("low", "high")]
     cells = "".join(
-        f"<tr><td>U[{low:g}, {high:g}]{' (chosen)' if [low, high] == chosen else ''}</td><td>{value:,.6g}</td></tr>"
+        f"<tr><td>U[{low:g}, {high:g}]{' (chosen)' if [low, high] == chosen else ''}</td>"
+        f"<td>{'not finite' if value is None else f'{value:,.6g}'}</td></tr>"
         for low, high, value in rows
     )
     heads = "<tr><th class=soft>interval</th><th class=soft>variance of a block's mean loss</th></tr>"
@@ -176,6 +174,11 @@ def _search(metrics: list[dict[str, Any]]) -> str:
         f'<h2>Search of the interval</h2><p class="soft">The last of them took {seconds:.1f} s.</p>'
         f'<div class="charts">{"".join(charts)}</div><table>{heads}{cells}</table>'
     )
+
+
+def _finite(rows: list[tuple[float, float, float | None]], width: float) -> Series:
+    """(lower bound, variance) of the candidates of a width that have one."""
+    return [(low, value) for low, high, value in rows if value is not None and round(high - low, 2) == width]
 
 
 def _chart(title: str, points: Series, axis: str = "step") -> str:

@@ -81,6 +81,16 @@ def test_search_and_positions_are_drawn(run: Path) -> None:
     assert page.text.count("(chosen)") == 1
 
 
+def test_a_search_with_a_variance_that_is_not_finite(run: Path) -> None:
+    candidates = [[0.001, 1.0, 4.0], [0.001, 0.5, None], [0.25, 0.75, 1.5], [0.5, 1.0, 2.0]]
+    record = {"step": 100, "search/candidates": candidates, "search/low": 0.25, "search/high": 0.75}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record | {"search/seconds": 1.5}) + "\n")
+    page = Page(write_report(epath.Path(run)).read_text())
+    assert "U[0.001, 0.5]not finite" in page.text
+    assert "Variance at width 0.5, by lower bound last 2" in page.text
+
+
 def test_lengths_are_drawn_where_they_differ(run: Path) -> None:
     assert "Lengths" not in Page(write_report(epath.Path(run)).read_text()).text
     kinds = [(40, "eos", 0), (300, "", 2), (120, "eos", 0), (80, "<entropy>", "?")]
