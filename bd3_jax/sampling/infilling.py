@@ -35,17 +35,18 @@ def resolve(
     prompt: str | Sequence[int] = "",
     infill: str | Sequence[int | None] = "",
 ) -> tuple[SamplingConfig, Given]:
-    """What is given, of the arguments or else of `c`, and the settings for it: what has gaps ends where it ends.
+    """What is given, by one of the arguments or else in `c`, and the settings for it: what has gaps ends where it ends.
 
     Raises:
       UserError: there is both a prompt and a text with gaps, or no gap, or more tokens than `max_length`.
     """
-    prompt = prompt if len(prompt) else c.prompt
-    infill = infill if len(infill) else c.infill
+    where = ""
+    if not (len(prompt) or len(infill)):
+        prompt, infill, where = c.prompt, c.infill, "config.sampling."
     if not len(infill):
         return c, _ids(encode(prompt) if isinstance(prompt, str) else prompt, "prompt") if len(prompt) else []
     if len(prompt):
-        raise UserError("config.sampling.prompt and config.sampling.infill are both given; allowed: one of them")
+        raise UserError(f"{where}prompt and {where}infill are both given; allowed: one of them")
     given = parse(infill, encode) if isinstance(infill, str) else _ids(infill, "infill")
     if None not in given:
         raise UserError(f"config.sampling.infill is {infill!r}; allowed: a text with gaps, as in 'The [MASK*3] of'")

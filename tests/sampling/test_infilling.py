@@ -35,8 +35,13 @@ def test_resolve():
     plain = sampling_config("bd3lm", prompt="ab")
     assert resolve(plain, letters) == (plain, [97, 98])
     assert resolve(plain, letters, prompt=[5])[1] == [5]
-    with pytest.raises(UserError, match="are both given"):
-        resolve(plain, letters, infill="[MASK]")
+    # What is asked for here stands in the place of what the config says, whichever of the two that is.
+    assert resolve(plain, letters, infill="a[MASK]")[1] == [97, None]
+    assert resolve(c, letters, prompt="ab") == (c, [97, 98])
+    with pytest.raises(UserError, match=r"^prompt and infill are both given"):
+        resolve(plain, letters, prompt="a", infill="[MASK]")
+    with pytest.raises(UserError, match=r"config.sampling.prompt and config.sampling.infill are both given"):
+        resolve(sampling_config("bd3lm", prompt="a", infill="[MASK]"), letters)
     with pytest.raises(UserError, match=r"infill is 'abc'; allowed: a text with gaps"):
         resolve(c, letters, infill="abc")
     with pytest.raises(UserError, match=r"infill has 9 tokens with BOS; allowed: up to sampling.max_length = 8"):
