@@ -1,7 +1,6 @@
 """Generative perplexity: how likely another language model finds texts (Block Diffusion, section 6.2)."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
-from bd3_jax.data.tokenizers import END_OF_TEXT
+from bd3_jax.data.tokenizers import END_OF_TEXT, load_tokenizer
+from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.errors import UserError
-from bd3_jax.folders import writing
-from bd3_jax.metrics import read_records
+from bd3_jax.folders import append_text, write_text
+from bd3_jax.metrics import read_records, to_json
 from bd3_jax.sampling import statistics
 
 WINDOW, STRIDE = 1024, 512
@@ -72,10 +72,13 @@ class Summary:
     distinct_3: float
 
 
-def score(texts: Sequence[str], judge: Judge, max_length: int = 0) -> tuple[list[Score], Summary]:
+def score(
+    texts: Sequence[str], judge: Judge, max_length: int = 0, tell: Callable[[Score], None] = lambda score: None
+) -> tuple[list[Score], Summary]:
     """Tokenises texts anew and scores them, each cut after `max_length` tokens (0: not at all).
 
-    A text begins with the token that the first one is predicted from, BOS as a rule; it is never scored.
+    A text begins with the token that the first one is predicted from, BOS as a rule; it is never scored. `tell` is
+    called with every score as it is found.
 
     Raises:
       UserError: there is nothing to score.
@@ -86,6 +89,7 @@ def score(texts: Sequence[str], judge: Judge, max_length: int = 0) -> tuple[list
         scored = np.asarray([token not in judge.ends for token in tokens[1:].tolist()], bool)
         losses = windowed_losses(judge.losses, tokens)
         scores.append(_score(tokens, losses, scored))
+        tell(scores[-1])
         rows.append(tokens.tolist())
     lengths = [each.length for each in scores]
     if not any(lengths):
@@ -161,24 +165,38 @@ class TransformersJudge:
 
 
 def judge_file(path: epath.Path, name: str, max_length: int) -> Summary:
-    """Scores the texts of a JSONL file, and writes FILE-scores.jsonl beside it, one object a line, and the summary.
+    """Scores the texts of a JSONL file, and writes FILE-scores.jsonl beside it, one object a line as each is found.
 
-    Each text is read with the judge's BOS before it.
+    Each text is read with the judge's BOS before it, and with its EOS where the text has its own: that of the
+    tokenizer/ beside the file, in the folder of a run, or else <|endoftext|>.
+
+    Returns:
+      what is found of all texts together.
 
     Raises:
       UserError: the file holds no texts, or the judge cannot be had.
     """
     records = read_records(path)
-    texts = [record.get("text") for record in records]
+    texts: list[Any] = [record.get("text") for record in records]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path} is no file of samples: every line must be an object with a text")
-    judge = TransformersJudge(name)
-    scores, summary = score([f"{judge.bos}{text}" for text in texts], judge, max_length)
+    judge, end = TransformersJudge(name), _end_of_text(path.parent / "tokenizer")
     out = path.with_name(f"{path.stem}-scores.jsonl")
-    with writing(out):
-        lines = [json.dumps({"judge": name, **dataclasses.asdict(each)}) for each in scores]
-        out.write_text("\n".join(lines) + "\n")
-    return summary
+    write_text(out, "")
+    return score(
+        [f"{judge.bos}{text.replace(end, END_OF_TEXT)}" for text in texts],
+        judge,
+        max_length,
+        tell=lambda each: append_text(out, to_json({"judge": name, **dataclasses.asdict(each)}) + "\n"),
+    )[1]
+
+
+def _end_of_text(folder: epath.Path) -> str:
+    """How a tokenizer spells its EOS; without one, the usual."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return END_OF_TEXT
+    tokenizer = load_tokenizer(folder)
+    return tokenizer.decode([tokenizer.ids.eos])
 
 
 def table(summary: Summary) -> str:

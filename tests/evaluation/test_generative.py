@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from bd3_jax import cli
+from bd3_jax.data.tokenizers import text8_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import generative
 from bd3_jax.evaluation.generative import STRIDE, WINDOW, TransformersJudge, judge_file, score, windowed_losses
@@ -101,6 +102,49 @@ def test_bd3_judge(tiny_gpt2, tmp_path, capsys):
     assert "mean perplexity" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "samples-scores.jsonl").read_text().splitlines()]
     assert [line["length"] for line in lines] == [4, 12]
+
+
+class Codes:
+    """In place of a model that is loaded: ids are bytes but for EOS, which is BOS, and all tokens are alike likely."""
+
+    bos, ends = "<|endoftext|>", frozenset({256})
+
+    def __init__(self, name):
+        pass
+
+    def encode(self, text):
+        first, *others = text.split(self.bos)
+        return [*first.encode(), *(code for each in others for code in (256, *each.encode()))]
+
+    def losses(self, tokens):
+        if tokens[-1] == ord("!"):
+            raise KeyboardInterrupt
+        return np.ones(len(tokens) - 1)
+
+
+def written(folder):
+    return [json.loads(line) for line in (folder / "samples-scores.jsonl").read_text().splitlines()]
+
+
+def test_eos_as_the_run_spells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(generative, "TransformersJudge", Codes)
+    ours = text8_tokenizer()
+    end = ours.decode([ours.ids.eos])
+    assert end != "<|endoftext|>"
+    file = epath.Path(tmp_path / "samples.jsonl")
+    file.write_text(json.dumps({"text": f"one{end}two"}) + "\n")
+    assert judge_file(file, "codes", 0).max_length == 6 + len(end)
+    ours.save(epath.Path(tmp_path / "tokenizer"))
+    assert judge_file(file, "codes", 0).max_length == 6
+
+
+def test_scores_are_written_as_they_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(generative, "TransformersJudge", Codes)
+    file = epath.Path(tmp_path / "samples.jsonl")
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "", "!")))
+    with pytest.raises(KeyboardInterrupt):
+        judge_file(file, "codes", 0)
+    assert [(line["length"], line["nll"]) for line in written(tmp_path)] == [(3, 1.0), (0, None)]
 
 
 @pytest.mark.parametrize(
