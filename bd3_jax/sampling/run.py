@@ -131,7 +131,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
         for drawn in draw(sampler, params, row, c.num_samples, together, split_rows, watcher):
             new = Sample.of(drawn, c.seed, step, tokenizer)
             if trace:
-                traces.append(Trace.of(drawn, sampler.layout.size, tokenizer))
+                traces.append(Trace.of(drawn, sampler.layout, tokenizer))
             if first:
                 if not samples:
                     kept = _make_way(path)

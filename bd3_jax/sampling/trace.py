@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from bd3_jax.data.tokenizers import UNFINISHED, Tokenizer
+from bd3_jax.sampling.block import Layout
 from bd3_jax.sampling.drawing import Drawn
 
 
@@ -14,7 +15,7 @@ class Piece:
     """A token, or the few that make up a character: its text, the network call that completed it, its confidence.
 
     call: 0 where it was given.
-    block: number of its block.
+    block: number of the block in which its first token was drawn.
     """
 
     text: str
@@ -32,7 +33,7 @@ class Trace:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def of(cls, drawn: Drawn, block_size: int, tokenizer: Tokenizer) -> "Trace":
+    def of(cls, drawn: Drawn, layout: Layout, tokenizer: Tokenizer) -> "Trace":
         pieces, first = [], 1  # after the BOS
         for end in range(2, drawn.length + 1):
             text = tokenizer.decode(drawn.tokens[first:end].tolist())
@@ -41,7 +42,7 @@ class Trace:
                 continue
             here = slice(first, end)
             confidence = float(drawn.confidence[here].min())
-            pieces.append(Piece(text, int(drawn.drawn_at[here].max()), round(confidence, 4), first // block_size))
+            pieces.append(Piece(text, int(drawn.drawn_at[here].max()), round(confidence, 4), layout.block_of(first)))
             first = end
         return cls(drawn.index, drawn.nfe, tuple(pieces))
 
@@ -140,8 +141,10 @@ function choose(n) {
 function show(call) {
   call = Math.max(0, Math.min(current.nfe, call));
   byId('at').value = call;
-  let block = Math.min(...current.pieces.filter(p => p[1] > call).map(p => p[3]));
-  if (call) block = Math.max(...current.pieces.filter(p => p[1] && p[1] <= call).map(p => p[3]));
+  // Not Math.max(...blocks): a browser limits the number of arguments.
+  const blocks = of => current.pieces.filter(p => p[1] && of(p[1])).map(p => p[3]);
+  const block = call ? blocks(at => at <= call).reduce((a, b) => Math.max(a, b), 0)
+    : blocks(at => at > 0).reduce((a, b) => Math.min(a, b), Infinity);
   current.pieces.forEach(([text, at, confidence, own], n) => {
     const there = at <= call, span = spans[n];
     span.textContent = there ? text : '\\u2591';

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from bd3_jax.data.tokenizers import bytes_tokenizer
+from bd3_jax.sampling.block import Layout
 from bd3_jax.sampling.drawing import Drawn
 from bd3_jax.sampling.trace import Piece, Trace, page
 
 TOKENIZER = bytes_tokenizer()
+LAYOUT = Layout(size=4, stride=4, num_blocks=4)
 
 
 def drawn_from(text, calls, length=None):
@@ -23,16 +25,22 @@ def drawn_from(text, calls, length=None):
 
 
 def test_pieces():
-    trace = Trace.of(drawn_from("ab\u00e9<", [0, 2, 3, 1, 4]), 4, TOKENIZER)
+    trace = Trace.of(drawn_from("ab\u00e9<", [0, 2, 3, 1, 4]), LAYOUT, TOKENIZER)
     # An e with an accent has two bytes: it is there when both are, with the lesser of their confidences.
     assert trace == Trace(
         3, 4, (Piece("a", 0, 0.0, 0), Piece("b", 2, 0.2, 0), Piece("\u00e9", 3, 0.1, 0), Piece("<", 4, 0.4, 1))
     )
-    assert Trace.of(drawn_from("abc", [1, 2, 3], length=3), 4, TOKENIZER).pieces[-1].text == "b"
+    assert Trace.of(drawn_from("abc", [1, 2, 3], length=3), LAYOUT, TOKENIZER).pieces[-1].text == "b"
+
+
+def test_blocks_that_overlap():
+    """MDLM beyond its context of 8: each window draws 4 new tokens."""
+    trace = Trace.of(drawn_from("abcdefghijkl", [1] * 12), Layout(size=8, stride=4, num_blocks=3), TOKENIZER)
+    assert [piece.block for piece in trace.pieces] == [0] * 7 + [1] * 4 + [2]
 
 
 def test_text_cannot_break_out_of_the_page():
-    trace = Trace.of(drawn_from("</script><b>", [1] * 12), 4, TOKENIZER)
+    trace = Trace.of(drawn_from("</script><b>", [1] * 12), LAYOUT, TOKENIZER)
     html = page("a <title>", [trace])
     assert "<title>a &lt;title&gt;</title>" in html
     data = re.search(r'<script type="application/json" id=data>(.*?)</script>', html, re.DOTALL)[1]
@@ -44,7 +52,7 @@ def test_text_cannot_break_out_of_the_page():
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")
 def test_in_a_browser(tmp_path):
     """Opened in Chromium, stepped through and played: the text that is visible after each call."""
-    html = page("replay", [Trace.of(drawn_from("abcdefgh", [0, 0, 0, 2, 1, 4, 3, 5]), 4, TOKENIZER)])
+    html = page("replay", [Trace.of(drawn_from("abcdefgh", [0, 0, 0, 2, 1, 4, 3, 5]), LAYOUT, TOKENIZER)])
     script = """
       const visible = () => [...document.querySelectorAll('#text span')].filter(s => s.className !== 'hidden')
         .map(s => s.textContent).join('');
