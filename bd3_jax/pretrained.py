@@ -132,8 +132,8 @@ class Pretrained:
     ) -> Replay:
         """How the samples of `sample` come about, call by call: a notebook shows it; `Replay.html` is a page."""
         sampler, row = self._sampler(prompt, infill, settings)
-        tokenizer, size = self.text_tokenizer(), sampler.layout.size
-        traces = tuple(Trace.of(drawn, size, tokenizer) for drawn in self._draw(sampler, row))
+        tokenizer = self.text_tokenizer()
+        traces = tuple(Trace.of(drawn, sampler.layout, tokenizer) for drawn in self._draw(sampler, row))
         return Replay(f"{self.source}: {sampler.config.sampler}", traces)
 
     def stream(self, prompt: str | Sequence[int] = "", **settings: Any) -> Iterator[str]:
@@ -176,6 +176,8 @@ class Pretrained:
         if (rows == self.mask_id).any():
             raise UserError(f"rows hold the mask's id {self.mask_id}, which is no token of a text")
         model = self._fitted(rows.shape[1])
+        if not model.counted(rows.shape[1]).any():
+            raise UserError("rows have 1 token, whose loss does not count; allowed: 2 or more")
         losses = sequence_losses(model, self.params, batches(rows, c.batch_size), c)
         return Result.of(
             model, losses, rows.shape[1], c.estimator,
@@ -260,7 +262,7 @@ class Pretrained:
         return self.model
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _apply(model: LanguageModel) -> Callable[..., Float[Array, "b L V"]]:
     def logits(params: Params, tokens: Array, clean: Array | None, sigma: Array | None) -> Array:
         hidden = model.network.apply(params, tokens, model.block_size, clean=clean, sigma=sigma)
@@ -339,10 +341,11 @@ def _override(source: Source, objective: str | None, block_size: int | None) -> 
     fresh = wanted.to_config()
     if source.run is None:
         return wanted, fresh
-    # A run keeps its own settings but for those that depend on the objective.
+    # A run keeps its own settings but for those of training, which may be of this objective or block size alone.
+    other = ("training", "search", *(("eval", "sampling", "noise") if objective != found.objective else ()))
     own = source.config.to_dict()
     own |= {"objective": objective, "block_size": block_size}
-    own |= {group: fresh.to_dict()[group] for group in ("eval", "sampling", "noise")}
+    own |= {group: fresh.to_dict()[group] for group in other}
     return wanted, from_config_dict(ConfigDict(own))
 
 

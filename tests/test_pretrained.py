@@ -289,6 +289,24 @@ def test_a_workdir_under_another_objective(run):
     assert loaded.config.data == load_pretrained(str(run)).config.data
 
 
+def test_a_workdir_whose_training_another_objective_could_not_do(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    content = json.loads((run / "config.json").read_text())
+    content["training"]["noise_copies"], content["search"]["enabled"] = 2, True
+    content["eval"]["batch_size"], content["sampling"]["nucleus"] = 5, 0.5
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    for objective in ("mdlm", "sedd"):
+        assert load_pretrained(str(tmp_path / "run"), objective=objective).objective == objective
+    # Of the same objective, all else is as the run has it.
+    config = load_pretrained(str(tmp_path / "run"), block_size=16).config
+    assert (config.eval.batch_size, config.sampling.nucleus) == (5, 0.5)
+
+
+def test_rows_in_which_nothing_counts(run):
+    with pytest.raises(UserError, match="rows have 1 token, whose loss does not count; allowed: 2 or more"):
+        load_pretrained(str(run), objective="mdlm").perplexity([[5]])
+
+
 def test_a_damaged_workdir_is_named(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"config.json, the settings of the run, cannot be read"):

@@ -101,6 +101,6 @@ def padded_length(lm: LanguageModel, length: int) -> int:
     return padded
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _program(lm: LanguageModel, estimator: str, draws: int) -> jax.stages.Wrapped:
     return jax.jit(lambda params, x0, free, keys: lm.conditional(params, x0, free, keys, estimator, draws))

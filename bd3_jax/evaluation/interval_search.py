@@ -124,7 +124,7 @@ def search_interval(
     return SearchResult(intervals, tuple(variances.tolist()), blocks, time.perf_counter() - began)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _compiled(lm: LanguageModel, split: jax.sharding.NamedSharding | None) -> Callable[..., Float[Array, ""]]:
     """`block_variance` of a model for any interval; one program for all candidates."""
 

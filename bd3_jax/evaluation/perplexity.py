@@ -99,6 +99,11 @@ class Result:
         )
 
     @property
+    def is_estimated(self) -> bool:
+        """Whether noise is drawn for it."""
+        return self.estimator != "exact" and self.estimator not in ORDERS
+
+    @property
     def bits_per_token(self) -> float:
         return self.nll / math.log(2)
 
@@ -246,7 +251,7 @@ def batches(rows: Int[np.ndarray, "n L"], batch_size: int) -> Iterator[Batch]:
         yield rows[np.minimum(indices, len(rows) - 1)], indices < len(rows)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def likelihood_program(
     lm: LanguageModel, estimator: str, sharding: jax.sharding.NamedSharding | None
 ) -> jax.stages.Wrapped:
@@ -321,7 +326,7 @@ def evaluate(config: Config, workdir: epath.Path, step: int | None = None) -> di
             print(f"{'or':<15} {other.nll:.4f} +- {other.standard_error:.4f} ({describe(other.estimator)})")
         if result.nonfinite:
             print(f"warning: the loss of {result.nonfinite} of {result.sequences} rows is not finite", file=sys.stderr)
-        if not run.lm.is_exact:
+        if any(each.is_estimated for each in (result, *others)):
             print(f"{'noise':<15} seed {config.eval.seed}, batches of {config.eval.batch_size} rows")
         append_metrics(workdir, record, EVALUATIONS)
     return record

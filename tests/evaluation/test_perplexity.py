@@ -198,4 +198,15 @@ def test_diverged_weights_are_told(tiny_config, tmp_path, capsys):
     record = perplexity.evaluate(config, epath.Path(tmp_path))
     assert record["eval/nonfinite"] == record["eval/sequences"]
     assert f"warning: the loss of {record['eval/sequences']} of" in capsys.readouterr().err
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["eval/nll"] is None
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text())["eval/nll"] is None
+
+
+def test_the_seed_is_told_where_noise_is_drawn(tiny_config, tmp_path, capsys):
+    config = tiny_config("bd3lm,block_size=4")
+    lm = LanguageModel.from_config(config, bytes_tokenizer().ids)
+    run_folder.write_config(config, epath.Path(tmp_path))
+    orbax.save_params(epath.Path(tmp_path), 3, lm.network.init(jax.random.key(0)), 1e-3, 1.0)
+    for estimator, both, told in (("left_to_right", False, False), ("left_to_right", True, True)):
+        changed = dataclasses.replace(config.eval, estimator=estimator, both_estimators=both)
+        perplexity.evaluate(dataclasses.replace(config, eval=changed), epath.Path(tmp_path))
+        assert ("noise           seed" in capsys.readouterr().out) == told
