@@ -220,8 +220,8 @@ class Network:
 
     @property
     def _is_unrolled(self) -> bool:
-        """Whether there is no scan over the layers before the last."""
-        return self.settled.scan_unroll >= self.model.num_layers - 1
+        """Whether there is no scan over the layers."""
+        return self.settled.scan_unroll >= self.model.num_layers
 
     def freeze(self, params: Params) -> Frozen:
         """What is the same at every call of `decode`, done once: the layers' weights as they compute.
