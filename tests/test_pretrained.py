@@ -16,9 +16,12 @@ from etils import epath
 from safetensors.numpy import load_file
 
 import bd3_jax
+from bd3_jax import pretrained
 from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.evaluation import conditional, interval_search
+from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.pretrained import load_pretrained
 from tests import reference
@@ -305,6 +308,13 @@ def test_a_workdir_whose_training_another_objective_could_not_do(run, tmp_path):
 def test_rows_in_which_nothing_counts(run):
     with pytest.raises(UserError, match="rows have 1 token, whose loss does not count; allowed: 2 or more"):
         load_pretrained(str(run), objective="mdlm").perplexity([[5]])
+
+
+@pytest.mark.parametrize(
+    "programs", [pretrained._apply, likelihood_program, conditional._program, interval_search._compiled]
+)
+def test_programs_of_models_that_are_gone_are_dropped(programs):
+    assert programs.cache_parameters()["maxsize"] == 16
 
 
 def test_a_damaged_workdir_is_named(run, tmp_path):
