@@ -14,7 +14,7 @@ from bd3_jax.evaluation import watch as module
 from bd3_jax.evaluation.perplexity import Result, evaluate
 from bd3_jax.evaluation.suite import evaluate_suite, table
 from bd3_jax.evaluation.watch import watch
-from bd3_jax.metrics import read_metrics
+from bd3_jax.metrics import append_metrics, read_metrics
 from bd3_jax.training.loop import train
 
 
@@ -34,21 +34,22 @@ def test_every_checkpoint_is_evaluated_once(run, monkeypatch):
     found = read_metrics(workdir, "evaluations.jsonl")
     assert [record["step"] for record in found] == [2, 4]
     assert found[0]["eval/nll"] > found[1]["eval/nll"]
-    assert found[1]["eval/nll"] == evaluate(config, workdir, file_name="other.jsonl")["eval/nll"]
+    assert found[1]["eval/nll"] == evaluate(config, workdir)["eval/nll"]
     assert (workdir / "metrics.jsonl").read_bytes() == before
     watch(config, workdir)
-    assert read_metrics(workdir, "evaluations.jsonl") == found
+    assert read_metrics(workdir, "evaluations.jsonl") == [*found, found[1]]
 
 
 def test_it_waits_for_the_last_and_passes_over_what_was_removed(run, monkeypatch):
     config, workdir = run
     (workdir / "evaluations.jsonl").unlink(missing_ok=True)
+    append_metrics(workdir, {"step": 4, "eval/split": "another"}, "evaluations.jsonl")  # which does not count
     there, waits = [[], [3, 4], [4], [4], [4]], []
     monkeypatch.setattr(module.orbax, "steps", lambda _: there.pop(0))
     monkeypatch.setattr(module.time, "sleep", waits.append)
     watch(config, workdir, seconds=7)
     assert waits == [7]
-    assert [record["step"] for record in read_metrics(workdir, "evaluations.jsonl")] == [4]
+    assert [record["step"] for record in read_metrics(workdir, "evaluations.jsonl")] == [4, 4]
 
 
 def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
@@ -66,14 +67,13 @@ def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
     results = evaluate_suite(config, workdir, epath.Path(tmp_path / "zeroshot"))
     assert list(results) == ["lambada"]
     direct = evaluate(
-        dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, split="test")),
-        workdir, file_name="other.jsonl",
-    )  # fmt: skip
+        dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, split="test")), workdir
+    )
     assert results["lambada"].nll == direct["eval/nll"]
     out = capsys.readouterr().out
     assert f"{direct['eval/perplexity']:.2f}" in out
     assert "not prepared: ptb, wikitext103, lm1b, ag_news, pubmed_papers, arxiv_papers" in out
-    assert read_metrics(workdir)[-1]["zeroshot/lambada/nll"] == direct["eval/nll"]
+    assert read_metrics(workdir, "evaluations.jsonl")[-2]["zeroshot/lambada/nll"] == direct["eval/nll"]
     with pytest.raises(UserError, match=r"--suite_data is .*none'; allowed: a folder with one of ptb, wikitext103"):
         evaluate_suite(config, workdir, epath.Path(tmp_path / "none"))
 
