@@ -65,7 +65,9 @@ def test_train_eval_sample(
     assert validations[-1]["eval/nll"] < validations[0]["eval/nll"] - 0.5
 
     assert main.main(["--mode=eval", *flags]) == 0
-    assert math.isclose(records(workdir / "metrics.jsonl")[-1]["eval/nll"], validations[-1]["eval/nll"], rel_tol=1e-5)
+    assert math.isclose(
+        records(workdir / "evaluations.jsonl")[-1]["eval/nll"], validations[-1]["eval/nll"], rel_tol=1e-5
+    )
 
     assert main.main(["--mode=sample", *flags, *prompt]) == 0
     samples, printed = records(workdir / "samples.jsonl"), capsys.readouterr().out
