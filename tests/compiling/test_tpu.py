@@ -42,8 +42,9 @@ def test_a_recipe_of_every_objective_fits_its_machine(string):
 def test_two_slices_exchange_gradients_alone(compile_tiny):
     """Within a slice parameters are split over four chips; what goes between slices is among pairs."""
     status, report = compile_tiny(
-        "--topology=2xv5e:2x2", "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.training.batch_size=8"
-    )
+        "--topology=2xv5e:2x2", "--config.mesh.data=2", "--config.mesh.fsdp=4",
+        "--config.training.batch_size=8", "--config.eval.batch_size=8",
+    )  # fmt: skip
     assert status == 0
     assert report.chips == 8
     assert {c.group for c in report.collectives} <= {2, 4, 8}
