@@ -63,11 +63,17 @@ def _changes(config: Config, mode: str, held: dict[str, int], chip: Chip, chips:
         yield _Change("mesh", "tensor", 2 * mesh.tensor, "heads and MLP columns split over more chips")
 
 
+def changed(config: Config, changes: dict[tuple[str, str], Any]) -> Config:
+    """These settings with other values by (group, name). Raises UserError where they cannot be."""
+    values = copy.deepcopy(config.to_dict())
+    for (group, name), value in changes.items():
+        values[group][name] = value
+    return settings.from_config_dict(ConfigDict(values))
+
+
 def _is_allowed(config: Config, mode: str, change: _Change, chips: int, slices: int) -> bool:
-    changed = copy.deepcopy(config.to_dict())
-    changed[change.group][change.name] = change.value
     try:
-        checked = settings.from_config_dict(ConfigDict(changed))
+        checked = changed(config, {(change.group, change.name): change.value})
         data, fsdp, tensor = mesh_shape(checked.mesh, chips)
     except UserError:
         return False

@@ -1,6 +1,5 @@
 """`bd3 compile`: each compilation in a process of its own, and the search for the largest batch that fits."""
 
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -10,11 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-import ml_collections
 from etils import epath
 
-from bd3_jax import config as settings
 from bd3_jax.compiling import targets
+from bd3_jax.compiling.advice import changed
 from bd3_jax.compiling.report import GROUPS, Report
 from bd3_jax.config import Config, ModelConfig
 from bd3_jax.errors import UserError
@@ -94,10 +92,7 @@ def policies() -> tuple[str, ...]:
 
 def _with(config: Config, mode: str, policy: str, batch_size: int) -> Config:
     """These settings with another batch size and rematerialisation policy."""
-    changed = copy.deepcopy(config.to_dict())
-    changed["model"]["remat"] = policy
-    changed[GROUPS[mode]]["batch_size"] = batch_size
-    return settings.from_config_dict(ml_collections.ConfigDict(changed))
+    return changed(config, {("model", "remat"): policy, (GROUPS[mode], "batch_size"): batch_size})
 
 
 def main(config: Config, topology: str, mode: str, vocab_size: int, searching: bool, json_path: str | None) -> bool:

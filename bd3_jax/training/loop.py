@@ -82,10 +82,10 @@ def _train(config: Config, workdir: epath.Path) -> None:
     if newest is not None:
         if isinstance(dataset, Dataset):
             _check_data(dataset, workdir)
-        else:
-            _check_parts(parts, workdir, newest)
         run_folder.check_continues(config, workdir)
         newest = summarize(workdir).step
+        if stream is not None:
+            _check_parts(parts, workdir, newest)
         if newest > num_steps or (newest == num_steps and _is_measured(workdir, newest)):
             _say(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
@@ -193,8 +193,8 @@ def _train(config: Config, workdir: epath.Path) -> None:
                 profiler.after(step, metrics)
                 rows += training.batch_size
                 unrecorded.append(metrics)
-                failed, stopping = in_flight.add(Step(step, batch, metrics)), stop.poll()
-                if not failed and (stopping or is_due(step)):
+                failed = in_flight.add(Step(step, batch, metrics))
+                if not failed and is_due(step):
                     # The host may be ahead, and of a run that has failed nothing is to be saved.
                     failed = in_flight.drain()
                 if failed:
@@ -212,8 +212,10 @@ def _train(config: Config, workdir: epath.Path) -> None:
                     speed = f"{times['train/tokens_per_second']:,.0f} tokens/s"
                     bar.set_postfix_str(f"loss {values['train/loss']:.3f}, {speed}", refresh=False)
 
-                # Not before, so that a checkpoint's metrics are complete up to its step.
-                if stopping:
+                # Before saving, so that a checkpoint's metrics are complete up to its step.
+                if stop.poll():
+                    if failed := in_flight.drain():
+                        break
                     raise Stopped
                 measure(step)
                 if step % training.checkpoint_every == 0 or step == num_steps:
