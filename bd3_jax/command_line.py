@@ -12,7 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bd3_jax import config as settings
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict, unknown
 from bd3_jax.errors import UserError
 from bd3_jax.folders import reachable
 
@@ -58,7 +59,7 @@ def _exit_status(run: Callable[[], None]) -> int:
     return 0
 
 
-def parse(argv: Sequence[str], values: flags.FlagValues, usage: str) -> settings.Config:
+def parse(argv: Sequence[str], values: flags.FlagValues, usage: str) -> Config:
     """Reads argv (without the program's name) into `values`, and --config with its overrides into a Config.
 
     --config is FILE.py or FILE.py:STRING, where STRING goes to the file's `get_config`. Without it, the settings that
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues, usage: str) -> settings
         raise UserError(str(error)) from error
     if positional:
         raise UserError(f"unexpected argument {positional[0]!r}; every setting is a flag, as in --workdir=DIR")
-    return settings.from_config_dict(values.config)
+    return from_config_dict(values.config)
 
 
 def positional(argv: Sequence[str], values: flags.FlagValues, usage: str) -> list[str]:
@@ -185,7 +186,7 @@ def _check_override(arg: str, config: ConfigDict) -> None:
         if not isinstance(node, ConfigDict):
             raise UserError(f"{arg}: {path} is a value, not a group of settings")
         if name not in node:
-            raise settings.unknown(name, list(node), path)
+            raise unknown(name, list(node), path)
         path, node = f"{path}.{name}", node[name]
     if isinstance(node, ConfigDict):
         raise UserError(f"{arg}: {path} is a group; set one of its fields: {', '.join(node)}")

@@ -199,22 +199,20 @@ class HarnessModel(TemplateLM):
         if room < 1:
             raise UserError(f"max_gen_toks is {tokens}; allowed: up to {length - 1}, since sedd cannot go beyond L")
         prompts = [prompt[max(0, len(prompt) - (room - 1)) :] for prompt in prompts]
-        longest = max(len(prompt) for prompt in prompts) + 1 + tokens
-        c = self.model.sampling(**settings, max_length=longest, variable_length=False, min_entropy=0.0)
+        limits = [len(prompt) + 1 + tokens for prompt in prompts]
+        c = self.model.sampling(**settings, max_length=max(limits), variable_length=False, min_entropy=0.0)
         sampler = Sampler.from_config(self.model.model, c)
 
         def new(drawn: Drawn) -> str | None:
             begin = len(prompts[drawn.index]) + 1
-            text = self.text.decode(drawn.tokens[begin : begin + tokens].tolist())
+            text = self.text.decode(drawn.tokens[begin:].tolist())
             cut = min((text.find(stop) for stop in stops if stop in text), default=None)
-            if cut is None and len(drawn.tokens) < begin + tokens:
-                return None
-            return text[:cut]
+            return None if cut is None and drawn.length < drawn.limit else text[:cut]
 
         rows = sampler.canvas(prompts)
         ended = draw(
             sampler, self.model.params, rows, len(rows), min(len(rows), self._eval.batch_size),
-            ends=lambda drawn: new(drawn) is not None,
+            ends=lambda drawn: new(drawn) is not None, limits=limits,
         )  # fmt: skip
         return [new(drawn) or "" for drawn in ended]
 

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints.published import TOKENIZER, TOKENIZERS, USUAL_IDS, Architecture
 from bd3_jax.checkpoints.source import Source, Weights, open_source
-from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig, from_config_dict
+from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, batches, sequence_losses

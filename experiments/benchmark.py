@@ -29,10 +29,10 @@ import numpy as np
 from jaxtyping import Array
 from recording import Recording
 
-from bd3_jax import config as settings
 from bd3_jax.command_line import exit_status
 from bd3_jax.compiling.programs import product_flops
 from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.diffusion.likelihood import masked_share
 from bd3_jax.errors import UserError
@@ -112,7 +112,7 @@ def configure(objective: str, overrides: list[str]) -> Config:
         if node is None or name not in node:
             raise UserError(f"--set={override}: no such setting; allowed: GROUP.NAME=VALUE as in configs/base.py")
         node[name] = type(node[name])(json.loads(value) if not isinstance(node[name], str) else value)
-    return settings.from_config_dict(config)
+    return from_config_dict(config)
 
 
 def ours(config: Config, mode: str, vocab_size: int) -> Program:

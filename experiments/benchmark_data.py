@@ -29,7 +29,8 @@ from etils import epath
 from recording import RESULTS, Recording
 
 from bd3_jax.command_line import exit_status
-from bd3_jax.config import Config, DataConfig, from_config_dict
+from bd3_jax.config import Config, DataConfig
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import quickstart
 from bd3_jax.data.corpora import get_corpus
 from bd3_jax.data.pipeline import open_dataset, train_batches

@@ -22,7 +22,8 @@ from recording import RESULTS, Recording
 from bd3_jax import runtime
 from bd3_jax.checkpoints import orbax
 from bd3_jax.command_line import exit_status
-from bd3_jax.config import Config, from_config_dict
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import quickstart
 from bd3_jax.data.prepare import prepare
 from bd3_jax.training.loop import train

@@ -20,7 +20,8 @@ from recording import RESULTS, Recording
 
 from bd3_jax import runtime
 from bd3_jax.command_line import exit_status
-from bd3_jax.config import Config, from_config_dict
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling.drawing import Slots

@@ -16,7 +16,8 @@ from recording import RESULTS, Recording
 
 from bd3_jax.command_line import exit_status
 from bd3_jax.compiling.run import compile_for
-from bd3_jax.config import Config, MeshConfig, from_config_dict
+from bd3_jax.config import Config, MeshConfig
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import lm1b
 
 DEVICES = 8

@@ -12,7 +12,8 @@ from etils import epath
 
 from bd3_jax.checkpoints.orbax import latest_step
 from bd3_jax.checkpoints.run_folder import read_config
-from bd3_jax.config import Config, from_config_dict
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import quickstart
 from bd3_jax.data.prepare import prepare
 from bd3_jax.training.loop import train

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from bd3_jax.checkpoints.pytorch import from_tensors
-from bd3_jax.config import Config, ModelConfig, NoiseConfig, from_config_dict
+from bd3_jax.config import Config, ModelConfig, NoiseConfig
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.data.prepare import prepare
 from bd3_jax.language_model import LanguageModel

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import bd3_jax.configs
-from bd3_jax.config import SAMPLERS, Config, can_clip, from_config_dict
+from bd3_jax.config import SAMPLERS, Config, can_clip
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base, owt
 from bd3_jax.errors import UserError
 

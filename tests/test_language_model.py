@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.diffusion import likelihood, objectives
 from bd3_jax.diffusion.output_loss import Chunks, Output
 from bd3_jax.language_model import LanguageModel

@@ -14,7 +14,8 @@ import pytest
 
 from bd3_jax import cli, command_line
 from bd3_jax import main as entry
-from bd3_jax.config import Config, from_config_dict
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import quickstart
 from bd3_jax.errors import UserError
 

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints import tensor_files
 from bd3_jax.checkpoints.pytorch import INTERVAL, INVERSE_FREQUENCIES, PREFIX, Stored, to_tensors
-from bd3_jax.config import Config, NoiseConfig, can_clip, from_config_dict
+from bd3_jax.config import Config, NoiseConfig, can_clip
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.errors import UserError
 from bd3_jax.folders import in_bucket
 from bd3_jax.special_ids import SpecialIds

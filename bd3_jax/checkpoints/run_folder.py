@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from bd3_jax.config import Config, from_config_dict
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 from bd3_jax.folders import write_text

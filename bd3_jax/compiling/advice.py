@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from bd3_jax import config as settings
 from bd3_jax.compiling.report import GROUPS
 from bd3_jax.compiling.targets import Chip
 from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.errors import UserError
 from bd3_jax.sharding import mesh_shape
 
@@ -68,7 +68,7 @@ def changed(config: Config, changes: dict[tuple[str, str], Any]) -> Config:
     values = copy.deepcopy(config.to_dict())
     for (group, name), value in changes.items():
         values[group][name] = value
-    return settings.from_config_dict(ConfigDict(values))
+    return from_config_dict(ConfigDict(values))
 
 
 def _is_allowed(config: Config, mode: str, change: _Change, chips: int, slices: int) -> bool:

@@ -12,20 +12,19 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bd3_jax import config as settings
 from bd3_jax.compiling import hlo, targets, traffic
 from bd3_jax.compiling.advice import advice
 from bd3_jax.compiling.programs import largest_values, trace
 from bd3_jax.compiling.report import Report
+from bd3_jax.config import Config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.errors import UserError
 from bd3_jax.sharding import slices_of
 
 MARK = "bd3-compile-report "
 
 
-def compile_program(
-    config: settings.Config, target: targets.Target, mode: str, vocab_size: int, topology: str
-) -> Report:
+def compile_program(config: Config, target: targets.Target, mode: str, vocab_size: int, topology: str) -> Report:
     """Traces, lowers and compiles; an out-of-memory error of the compiler is a verdict, any other is raised."""
     chip, devices = target.chip, target.devices()
     began = time.perf_counter()
@@ -97,7 +96,7 @@ def compile_program(
 def main() -> None:
     request = json.load(sys.stdin)
     try:
-        config = settings.from_config_dict(ConfigDict(request["config"]))
+        config = from_config_dict(ConfigDict(request["config"]))
         target = targets.parse(request["topology"])
         found = compile_program(config, target, request["mode"], request["vocab_size"], request["topology"]).record()
     except UserError as error:

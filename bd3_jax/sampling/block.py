@@ -34,11 +34,23 @@ class Layout:
         the L/2 before them.
         """
         stride = block_size if block_size < context else max(1, context // 2)
-        return cls(block_size, stride, 1 + -(-max(0, max_length - block_size) // stride))
+        layout = cls(block_size, stride, 0)
+        return dataclasses.replace(layout, num_blocks=layout.blocks_of(max_length))
 
     @property
     def length(self) -> int:
         return self.size + (self.num_blocks - 1) * self.stride
+
+    def blocks_of(self, length: int) -> int:
+        """How many blocks hold that many tokens, the last of them whole or in part."""
+        return 1 + -(-max(0, length - self.size) // self.stride)
+
+    def end(self, length: int) -> int:
+        """Up to where a sample of that many tokens is drawn: to the end of a block, but where that is the context.
+
+        There what nobody asked for stays masked, and costs no calls.
+        """
+        return length if self.stride < self.size else self.blocks_of(length) * self.size
 
     def block_of(self, place: int) -> int:
         """Number of the block that draws the token at a place: how many whole blocks the tokens before it make."""
@@ -78,12 +90,12 @@ def fill_blocks(
     context: Context,
     denoiser: Denoiser,
     update: Update,
-    wanted: int,
     params: AnyParams,
     keys: PRNGKeyArray,
     memory: Memory,
     first: Int[Array, "b"],
     given: Int[Array, "b n"],
+    end: Int[Array, "b"],
 ) -> tuple[Memory, Filled]:
     """Fills the masked positions of the next blocks; the others never change.
 
@@ -91,20 +103,20 @@ def fill_blocks(
       context: the network.
       denoiser: what it says.
       update: what happens within a block.
-      wanted: only so many positions of a block are drawn, the others stay as they are.
       params: of the network, frozen by the context.
       keys: one for each sequence, `[b]`; a sequence depends on its own and on nothing else of the batch.
       memory: of what comes before.
       first: number of the first block, for each sequence.
       given: tokens, and the mask's id elsewhere.
+      end: only so many of them are drawn, for each sequence; what is masked beyond stays so.
     """
     batch, size = given.shape[0], context.size
-    drawable = np.arange(size) < wanted
 
     def one_block(memory: Memory, block: tuple[Array, Array]) -> tuple[Memory, Filled]:
         number, tokens = block
         index = first + number
         key_init, key_step = categorical.split(categorical.fold_in(keys, index))
+        drawable = number * size + np.arange(size) < end[:, None]
 
         def masked(state: _State) -> Array:
             return (state.filling.tokens == denoiser.mask) & drawable

@@ -5,7 +5,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ class Drawn:
     Attributes:
       index: of the sample in its run; with the seed it determines all but the seconds.
       row: tokens on the host, the mask's id where none is drawn yet.
+      limit: how many tokens it is to have, BOS and prompt included.
       blocks: finished ones, given ones included.
       length: finished tokens.
       rejected: draws of this sample that were discarded.
@@ -49,6 +50,7 @@ class Drawn:
 
     index: int
     row: Int[np.ndarray, "S"]
+    limit: int
     blocks: int
     length: int
     rejected: int
@@ -77,6 +79,7 @@ class Slots:
       blocks_per_call: None: as the sampler suggests. It decides when tokens arrive, not which.
       redraws: whether a sample that should not have stopped is drawn anew; else it ends there.
       ends: looked at after each call: whether a sample is to end with the blocks that it has.
+      limits: how many tokens the samples of each row are to have; None: all `sampling.max_length`, which is the most.
     """
 
     def __init__(
@@ -89,14 +92,16 @@ class Slots:
         blocks_per_call: int | None = None,
         redraws: bool = True,
         ends: Callable[[Drawn], bool] = lambda drawn: False,
+        limits: Sequence[int] | None = None,
     ):
         self._redraws, self._ends = redraws, ends
         self._sampler, self._rows, self._sharding = sampler, rows.reshape(-1, rows.shape[-1]), sharding
+        self._limits = limits or [sampler.config.max_length] * len(self._rows)
         self._weights = sampler.freeze(params)
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
         self._discarded: Counter[tuple[int, str]] = Counter()  # draws of a sample, by the reason
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
-        fresh = sampler.start(self._weights, self._rows[0], self._given(self._rows[0]))
+        fresh = sampler.start(self._weights, self._rows[0], self._given(0))
         self._opening = (0, fresh)
         self.drawing: list[Drawn | None] = [None] * batch
         shardings = _memory_sharding(fresh, batch, sharding)
@@ -122,10 +127,11 @@ class Slots:
 
     def new(self, index: int, rejected: int = 0, seconds: float = 0.0) -> Drawn:
         """Sample `index` before anything of it is drawn."""
-        row = self._rows[index % len(self._rows)].copy()
-        begin, nothing = self._given(row), np.zeros(len(row), np.int32)
+        number = index % len(self._rows)
+        row, limit, begin = self._rows[number].copy(), self._limits[number], self._given(number)
+        nothing = np.zeros(len(row), np.int32)
         return Drawn(
-            index, row, begin, self._end(begin), rejected, seconds,
+            index, row, limit, begin, self._finished(begin, limit), rejected, seconds,
             drawn_at=nothing, confidence=nothing.astype(np.float32),
             cache_calls=int(begin > 1 and self._memory.cache is not None),
         )  # fmt: skip
@@ -156,7 +162,7 @@ class Slots:
                         f"allowed are samples without: {ADVICE[stop.reason]}"
                     )
                 again[slot] = self.new(drawn.index, drawn.rejected + 1, drawn.seconds)
-            elif stop or drawn.blocks == self._layout.num_blocks or self._ends(drawn):
+            elif stop or drawn.length == drawn.limit or self._ends(drawn):
                 if stop:
                     drawn.length, drawn.stopped = stop.length, stop.reason
                 finished.append(drawn)
@@ -169,7 +175,7 @@ class Slots:
         size, stride = self._layout.size, self._layout.stride
         row = self._rows[drawn.index % len(self._rows)]
         given = int(np.flatnonzero(row != self._sampler.model.ids.mask)[-1]) + 1  # up to the last, of a text with gaps
-        for block in range(min(self._blocks, self._layout.num_blocks - drawn.blocks)):
+        for block in range(min(self._blocks, self._layout.blocks_of(drawn.limit) - drawn.blocks)):
             here = slice(drawn.blocks * stride, drawn.blocks * stride + size)
             of_block = slice(block * size, (block + 1) * size)
             new = filled.drawn_at[of_block] > 0
@@ -179,7 +185,7 @@ class Slots:
             drawn.nfe += int(filled.nfe[block])
             drawn.cache_calls += int(filled.cache_calls[block])
             drawn.blocks += 1
-            drawn.length = self._end(drawn.blocks)
+            drawn.length = self._finished(drawn.blocks, drawn.limit)
             if stop := self._stop_rule(drawn.tokens, given):
                 return stop
         return None
@@ -190,22 +196,22 @@ class Slots:
         assert drawn is not None
         return drawn.index % len(self._rows)
 
-    def _given(self, row: Int[np.ndarray, "S"]) -> int:
-        """How many leading blocks are given whole, and read at once; the last block is gone through in any case.
+    def _given(self, number: int) -> int:
+        """How many leading blocks of a row are given whole, and read at once; the last is gone through in any case.
 
         Of a text with gaps more may be given than the training context, which is all that is read at once.
         """
+        row = self._rows[number]
         masked = row == self._sampler.model.ids.mask
         given = int(masked.argmax()) if masked.any() else len(row)
         whole = self._layout.block_of(given)
         at_once = self._sampler.model.length // self._layout.size
-        return min(whole, at_once, self._layout.num_blocks - 1)
+        return min(whole, at_once, self._layout.blocks_of(self._limits[number]) - 1)
 
     def _start(self, number: int) -> Memory:
         """What is kept of the given blocks of a row; the newest is kept, since samples of one row are begun alike."""
         if self._opening[0] != number:
-            row = self._rows[number]
-            self._opening = (number, self._sampler.start(self._weights, row, self._given(row)))
+            self._opening = (number, self._sampler.start(self._weights, self._rows[number], self._given(number)))
         return self._opening[1]
 
     def _discards(self) -> bool:
@@ -218,27 +224,28 @@ class Slots:
             return "EOS within, where sedd cannot stop"
         return f"the entropy of {WINDOW} tokens fell below {self._stop_rule.min_entropy} nats"
 
-    def _end(self, blocks: int) -> int:
-        """How many tokens of a sample so many blocks hold."""
-        end = (blocks - 1) * self._layout.stride + self._layout.size if blocks else 0
-        return min(end, self._sampler.config.max_length)
+    def _finished(self, blocks: int, limit: int) -> int:
+        """How many tokens so many blocks hold of a sample."""
+        return min((blocks - 1) * self._layout.stride + self._layout.size if blocks else 0, limit)
 
     def _inputs(self) -> tuple[Any, ...]:
-        """Arguments of the program after the memory: seed, and for each slot index, draw, first block and tokens.
+        """Arguments of the program after the memory: seed, and of each slot index, draw, first block, tokens and end.
 
         Slots without a sample, and blocks beyond the last, hold EOS: where everything is given nothing is drawn.
         """
         batch, layout = len(self.drawing), self._layout
-        indices, attempts, first = np.zeros((3, batch), np.int32)
+        indices, attempts, first, ends = np.zeros((4, batch), np.int32)
         width = _width(layout, self._blocks)
         given = np.full((batch, width), self._sampler.model.ids.eos, np.int32)
         for slot, drawn in enumerate(self.drawing):
             if drawn is not None:
                 indices[slot], attempts[slot], first[slot] = drawn.index, drawn.rejected, drawn.blocks
-                part = drawn.row[drawn.blocks * layout.stride :][:width]
+                begin = drawn.blocks * layout.stride
+                ends[slot] = layout.end(drawn.limit) - begin
+                part = drawn.row[begin:][:width]
                 given[slot, : len(part)] = part
         seed = np.uint32(self._sampler.config.seed)
-        return seed, *(self._put(array) for array in (indices, attempts, first, given))
+        return seed, *(self._put(array) for array in (indices, attempts, first, given, ends))
 
     def _put(self, array: np.ndarray) -> Array | np.ndarray:
         return array if self._sharding is None else place(array, self._sharding)
@@ -255,14 +262,15 @@ def draw(
     redraws: bool = True,
     ends: Callable[[Drawn], bool] = lambda drawn: False,
     before_step: Callable[[], None] = lambda: None,
+    limits: Sequence[int] | None = None,
 ) -> Iterator[Drawn]:
-    """Samples 0 to count - 1, in this order, at most `batch` at a time; see `Slots`, also for `redraws` and `ends`.
+    """Samples 0 to count - 1, in this order, at most `batch` at a time; see `Slots` for what is not told here.
 
     A slot takes the next sample as soon as its own is finished. `watch` is called with the first of the samples in
     progress whenever a block of it is finished; the blocks then come one by one. `before_step` is called before every
     device call, equally often on all processes; what it raises ends the drawing.
     """
-    slots = Slots(sampler, params, rows, batch, sharding, 1 if watch else None, redraws, ends)
+    slots = Slots(sampler, params, rows, batch, sharding, 1 if watch else None, redraws, ends, limits)
     finished: dict[int, Drawn] = {}
     waiting, following = iter(range(count)), 0
     while following < count:
@@ -318,12 +326,13 @@ def trace_step(
         attempts: Int[Array, "b"],
         first: Int[Array, "b"],
         given: Int[Array, "b n"],
+        end: Int[Array, "b"],
     ) -> tuple[Memory, Filled]:
         with by_rows(sharding):
-            return sampler.advance(weights, sequence_keys(seed, indices, attempts), memory, first, given)
+            return sampler.advance(weights, sequence_keys(seed, indices, attempts), memory, first, given, end)
 
     program = jax.jit(draw_blocks, donate_argnums=1, out_shardings=shardings)
-    return program.trace(weights, memory, seed, number, number, number, given)
+    return program.trace(weights, memory, seed, number, number, number, given, number)
 
 
 def abstract_memory(sampler: Sampler, weights: AnyParams, batch: int, sharding: NamedSharding | None = None) -> Memory:

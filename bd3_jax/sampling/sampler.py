@@ -70,7 +70,7 @@ class Sampler:
         """The sampler that `advance` is compiled for: what it does not read has one value."""
         c = dataclasses.replace(
             self.config, seed=0, num_samples=1, batch_size=1, prompt="", infill="", weights="ema",
-            variable_length=False, min_entropy=0.0, max_length=min(self.config.max_length, self.model.length),
+            variable_length=False, min_entropy=0.0, max_length=min(self.canvas_length, self.model.length),
         )  # fmt: skip
         return dataclasses.replace(self, config=c)
 
@@ -157,12 +157,13 @@ class Sampler:
         layout, batch, weights = self.layout, canvas.shape[0], self.freeze(params)
         memory = self.start(weights, np.zeros(canvas.shape[1], np.int32), 0).tile(batch)
         first = jnp.zeros(batch, jnp.int32)
+        end = jnp.full(batch, layout.end(self.config.max_length))
         if layout.stride == layout.size:
-            return self.advance(weights, keys, memory, first, canvas)[1]
+            return self.advance(weights, keys, memory, first, canvas, end)[1]
         filled = []
         for number in range(layout.num_blocks):
             here = slice(number * layout.stride, number * layout.stride + layout.size)
-            memory, window = self.advance(weights, keys, memory, first + number, canvas[:, here])
+            memory, window = self.advance(weights, keys, memory, first + number, canvas[:, here], end - here.start)
             canvas = canvas.at[:, here].set(window.tokens)
             fresh = slice(0 if number == 0 else layout.size - layout.stride, None)
             tokens, confidence, drawn_at = (x[:, fresh] for x in (window.tokens, window.confidence, window.drawn_at))
@@ -176,8 +177,9 @@ class Sampler:
         memory: Memory,
         first: Int[Array, "b"],
         given: Int[Array, "b n"],
+        end: Int[Array, "b"],
     ) -> tuple[Memory, Filled]:
-        """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments.
+        """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments. SEDD knows no `end`.
 
         `weights` are those of `freeze`.
         One compiled function serves every prompt and every length but those below K blocks. `memory` may be donated.
@@ -193,10 +195,7 @@ class Sampler:
             )  # fmt: skip
         truncation = Truncation(c.nucleus, c.top_k)
         denoiser = Denoiser(functools.partial(self.log_probs, weights), truncation.draw, mask)
-        # Where one block is the whole context, what is not wanted stays masked: it costs no calls.
-        size = self.model.block_size
-        wanted = min(size, c.max_length) if self.layout.num_blocks == 1 else size
-        return fill_blocks(self._context, denoiser, UPDATES[c.sampler](c), wanted, weights, keys, memory, first, given)
+        return fill_blocks(self._context, denoiser, UPDATES[c.sampler](c), weights, keys, memory, first, given, end)
 
 
 def _masked_log_score(logits: Float[Array, "*n V"], sigma: Float[Array, ""], mask: int) -> Float[Array, "*n V"]:

@@ -6,7 +6,7 @@ import json
 import jax
 
 from bd3_jax.compiling import programs
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 
 OBJECTIVES, MODES = ("ar", "mdlm", "sedd", "bd3lm,block_size=4"), ("train", "eval", "sample")

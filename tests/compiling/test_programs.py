@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bd3_jax.compiling import programs, targets
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base, owt
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError

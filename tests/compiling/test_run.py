@@ -10,7 +10,7 @@ from bd3_jax.compiling import run
 from bd3_jax.compiling.advice import advice
 from bd3_jax.compiling.report import Report
 from bd3_jax.compiling.targets import CHIPS, GIB
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import owt
 
 TINY = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from bd3_jax import config
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.report import _ticks, comparable, series, write_report
@@ -48,7 +48,7 @@ class Page(HTMLParser):
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "a run"
     folder.mkdir()
-    settings = config.from_config_dict(base.get_config("bd3lm,block_size=4"))
+    settings = from_config_dict(base.get_config("bd3lm,block_size=4"))
     (folder / "config.json").write_text(json.dumps(settings.to_dict()))
     metrics = [{"step": step, "train/loss": 7 - step / 100, "train/grad_norm": None} for step in range(0, 200, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))

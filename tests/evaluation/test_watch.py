@@ -6,7 +6,7 @@ import json
 import pytest
 from etils import epath
 
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError

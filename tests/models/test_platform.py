@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import owt
 from bd3_jax.models.platform import settle
 

@@ -5,7 +5,7 @@ import sys
 
 from etils import epath
 
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import workdir as run_settings
 from bd3_jax.sampling.run import sample
 

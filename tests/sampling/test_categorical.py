@@ -136,10 +136,10 @@ def test_entropy_of_a_sampler_with_5000_steps():
     class Still:
         apply = staticmethod(lambda params, tokens, block_size: jnp.zeros((*tokens.shape, 1)))
 
-    given, first = jnp.full((1500, 16), 2000), jnp.zeros(1500, jnp.int32)
+    given, first, end = jnp.full((1500, 16), 2000), jnp.zeros(1500, jnp.int32), jnp.full(1500, 16)
     keys, memory = jax.random.split(jax.random.key(2), 1500), Memory(None, jnp.zeros_like(given))
     context = Windowed(Still(), 16, 16)
-    run = jax.jit(lambda: fill_blocks(context, denoiser, Ancestral(5000), 16, None, keys, memory, first, given))
+    run = jax.jit(lambda: fill_blocks(context, denoiser, Ancestral(5000), None, keys, memory, first, given, end))
     tokens = np.ravel(run()[1].tokens)
     counts = np.bincount(tokens, minlength=2000)
     # The empirical entropy of n draws is too small by (V - 1) / 2n on average.

@@ -89,6 +89,23 @@ def test_many_prompts(make, objective):
         assert len(drawn.tokens) == 12 if drawn.index != 1 or objective == "mdlm" else 8 <= len(drawn.tokens) <= 12
 
 
+@pytest.mark.parametrize(
+    ("objective", "limits"),
+    [("bd3lm", [13, 21, 15]), ("ar", [21, 13, 13]), ("mdlm", [5, 21, 10]), ("sedd", [5, 12, 7])],
+)
+def test_lengths_of_their_own(make, objective, limits):
+    """A sample that is shorter than others in its batch is what it would be alone; within MDLM's one block as well."""
+    sampler, params = make(objective, 4 if objective == "bd3lm" else 0, max_length=max(limits))
+    prompts = [[3], [], [5, 1, 2]]
+    together = list(draw(sampler, params, sampler.canvas(prompts), 3, 2, limits=limits))
+    assert [len(drawn.tokens) for drawn in together] == limits
+    for drawn, prompt, limit in zip(together, prompts, limits, strict=True):
+        alone = change(sampler, max_length=limit)
+        *_, expected = draw(alone, params, alone.canvas([prompt])[0], drawn.index + 1, 1)
+        assert drawn.tokens.tolist() == expected.tokens.tolist()
+        assert drawn.nfe == expected.nfe
+
+
 def test_one_compiled_function_for_every_prompt_length_and_seed(make):
     sampler, params = make("bd3lm", 4, max_length=40)
     tokens_of(sampler, params, 2, 2)

@@ -45,7 +45,8 @@ def run_blocks(keys, canvas, log_table, update, block_size, p):
     denoiser = Denoiser(lambda h: h, Truncation(p).draw, toy.MASK)
     memory = Memory(None, jnp.full_like(canvas, toy.MASK))
     first = jnp.zeros(len(canvas), jnp.int32)
-    return block.fill_blocks(context, denoiser, update, block_size, None, keys, memory, first, canvas)[1]
+    end = jnp.full(len(canvas), toy.L)
+    return block.fill_blocks(context, denoiser, update, None, keys, memory, first, canvas, end)[1]
 
 
 def sample_blocks(table, update, block_size, p, row):
@@ -116,8 +117,8 @@ def test_autoregressive_has_the_enumerated_distribution(p, row):
         context = WindowedNextToken(Table(log_table), toy.L)
         denoiser = Denoiser(lambda h: h, Truncation(p).draw, toy.MASK)
         memory = Memory(None, jnp.full_like(canvas, toy.MASK))
-        first = jnp.zeros(len(canvas), jnp.int32)
-        return block.fill_blocks(context, denoiser, FirstHitting(), 1, None, keys, memory, first, canvas)[1]
+        first, end = jnp.zeros(len(canvas), jnp.int32), jnp.full(len(canvas), toy.L)
+        return block.fill_blocks(context, denoiser, FirstHitting(), None, keys, memory, first, canvas, end)[1]
 
     samples = jax.device_get(run(keys(0), canvases(row)))
     # Left to right is what a block size of 1 is.

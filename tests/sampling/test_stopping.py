@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.sampling.stopping import Stop, StopRule
 from bd3_jax.special_ids import SpecialIds
 from configs import base

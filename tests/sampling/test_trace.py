@@ -21,7 +21,7 @@ def drawn_from(text, calls, length=None):
     tokens = np.asarray([256, *text.encode()], np.int32)
     calls = np.asarray([0, *calls], np.int32)
     confidence = np.where(calls > 0, calls / 10, 0).astype(np.float32)
-    return Drawn(3, tokens, 2, length or len(tokens), 0, 0.0, calls, confidence, nfe=int(calls.max()))
+    return Drawn(3, tokens, len(tokens), 2, length or len(tokens), 0, 0.0, calls, confidence, nfe=int(calls.max()))
 
 
 def test_pieces():

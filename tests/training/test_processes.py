@@ -50,9 +50,10 @@ def launch(tmp_path):
         file.close()
 
 
-def wait_for_step(workdir, step, processes):
+def wait_for_step(workdir, step, processes, paths):
     while (latest_step(workdir) or 0) < step:
-        assert all(process.poll() is None for process in processes), "ended too early"
+        ended = [path.read_text() for process, path in zip(processes, paths, strict=True) if process.poll() is not None]
+        assert not ended, ended
         time.sleep(0.05)
 
 
@@ -64,8 +65,8 @@ def test_killed_and_continued_in_another_number(tiny_config, tmp_path, launch):
         run_folder.write_config(config, tmp_path / name)
     train(config, tmp_path / "one")
 
-    two, _ = launch(2, tmp_path / "several", *PATIENT)
-    wait_for_step(tmp_path / "several", 4, two)
+    two, paths = launch(2, tmp_path / "several", *PATIENT)
+    wait_for_step(tmp_path / "several", 4, two, paths)
     for process in two:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -86,7 +87,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tiny_config, tmp_path, launc
     config = tiny_config("ar", **{"training.num_steps": 10**6, "training.eval_every": 10**6, "eval.num_batches": 1})
     run_folder.write_config(config, tmp_path / "run")
     processes, paths = launch(2, tmp_path / "run", *PATIENT)
-    wait_for_step(tmp_path / "run", 4, processes)
+    wait_for_step(tmp_path / "run", 4, processes, paths)
     processes[1].send_signal(signal.SIGTERM)
     assert [process.wait() for process in processes] == [143, 143]
     step = latest_step(tmp_path / "run")
@@ -98,7 +99,7 @@ def test_one_that_dies_ends_the_others_soon(tiny_config, tmp_path, launch):
     config = tiny_config("ar", **{"training.num_steps": 10**6, "training.eval_every": 10**6, "eval.num_batches": 1})
     run_folder.write_config(config, tmp_path / "run")
     processes, paths = launch(2, tmp_path / "run", "--heartbeat_timeout=60")
-    wait_for_step(tmp_path / "run", 4, processes)
+    wait_for_step(tmp_path / "run", 4, processes, paths)
     processes[1].send_signal(signal.SIGKILL)
     assert processes[0].wait(timeout=300) != 0
     output = paths[0].read_text()

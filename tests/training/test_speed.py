@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bd3_jax.compiling import targets
-from bd3_jax.config import from_config_dict
+from bd3_jax.config_dict import from_config_dict
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.speed import Clock, flops_per_token, peak_flops
