@@ -146,10 +146,11 @@ def test_greedy_generation(make, name):
     sampler = {} if name == "ar" else {"sampler": "confidence"}
     for prompt, text in zip(prompts, found, strict=True):
         kept = prompt[-(LENGTH - 1) :]
+        length = len(kept) + 7 if name == "mdlm" else 27  # of the others the beginning is the same, compiled once
         (alone,) = model.model.sample(
-            kept, num_samples=1, top_k=1, nucleus=1.0, max_length=len(kept) + 7, min_entropy=0.0, **sampler
+            kept, num_samples=1, top_k=1, nucleus=1.0, max_length=length, min_entropy=0.0, **sampler
         )
-        whole = model.text.decode(alone.tokens[len(kept) + 1 :])
+        whole = model.text.decode(alone.tokens[len(kept) + 1 :][:6])
         assert text == whole.split("\n")[0].split("<|endoftext|>")[0]
     assert any(found)
     whole = model.generate_until(requests("generate_until", ("a do", {"max_gen_toks": 6})))[0]
