@@ -30,8 +30,8 @@ help: ## list the targets
 	@$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# glibc gives large arrays back to the system when they are freed, and a small model's step would spend a third of its
-# time on getting them again.
+# glibc gives large arrays back to the system when they are freed, and a small model's step would spend much of its time
+# on getting them again.
 quickstart: export MALLOC_ARENA_MAX := 1
 quickstart: export MALLOC_MMAP_MAX_ := 0
 quickstart: export MALLOC_TRIM_THRESHOLD_ := -1
@@ -66,7 +66,7 @@ test-harness: .venv-harness/installed ## what needs lm_eval: its harness on our 
 test-all: test-slow test-tpu test-docs test-notebooks test-harness .venv-torch/installed ## all of these, then what needs PyTorch
 	.venv-torch/bin/python -m pytest tests/experiments/test_torch_baseline.py tests/checkpoints tests/evaluation/test_generative.py
 
-# Apache Beam asks for older versions of three packages than are pinned, so its tests have an environment of their own.
+# Apache Beam asks for older versions of some packages than are pinned, so its tests have an environment of their own.
 .venv-beam/installed: requirements.lock setup.py
 	@$(PYTHON) -m venv .venv-beam
 	@sed '/^pyarrow==/d; /^protobuf==/d; /^pillow==/d; /^python-dateutil==/d; /^matplotlib==/d' requirements.lock > .venv-beam/requirements.txt

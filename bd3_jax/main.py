@@ -48,7 +48,7 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_boolean("trace", False, "write a replay of the samples", flag_values=values)
     flags.DEFINE_boolean("watch", False, "evaluate every checkpoint, or show samples as they fill", flag_values=values)
     flags.DEFINE_enum("suite", None, ("zeroshot",), "corpora to evaluate on", flag_values=values)
-    flags.DEFINE_string("suite_data", "data", "folder with a prepared folder a corpus", flag_values=values)
+    flags.DEFINE_string("suite_data", "data/zeroshot", "folder with a prepared folder a corpus", flag_values=values)
     config = command_line.parse(argv, values, usage=__doc__)
     where = command_line.required(values, "workdir", "a folder, as in --workdir=runs/quickstart")
     workdir = reachable(where, "--workdir")

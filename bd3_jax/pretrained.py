@@ -147,7 +147,7 @@ class Pretrained:
 
     def _draw(self, sampler: Sampler, row: Int[np.ndarray, "S"]) -> Iterator[Drawn]:
         c = sampler.config
-        return draw(sampler, self.params, row, c.num_samples, batch_size(c, self.model))
+        return draw(sampler, self.params, row, c.num_samples, batch_size(c, self.model.batch_shards))
 
     def _sampler(
         self, prompt: str | Sequence[int], infill: str | Sequence[int | None], settings: dict[str, Any]

@@ -103,6 +103,11 @@ def batch_sharding(mesh: Mesh, batch_size: int, setting: str) -> NamedSharding:
     parts = batch_shards(mesh)
     if batch_size % parts:
         raise UserError(f"{setting} is {batch_size}; allowed: a multiple of {parts} (mesh.data * mesh.fsdp)")
+    return row_sharding(mesh)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """The same where the number of rows is a multiple anyhow."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 

@@ -109,7 +109,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 # sedd: analytic; ar: autoregressive
                 sampler=sampler,
                 num_samples=4,
-                batch_size=4,  # sequences drawn at a time
+                batch_size=4,  # sequences drawn at a time; rounded up to a multiple of mesh.data * mesh.fsdp
                 prompt="",  # text that every sample starts with; it is never changed
                 infill="",  # instead: a text with gaps, as in 'The [MASK*3] of the city', to be filled
                 max_length=1024,  # tokens per sample, the prompt and BOS included
@@ -118,7 +118,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 threshold=0.9,  # of threshold: draws likelier than this are kept, at least one a call
                 entropy_bound=0.1,  # of entropy_bounded: nats that draws at one call may miss of each other
                 remasking=1.0,  # of remasking: eta, how readily drawn tokens are taken back; 0: never
-                nucleus=nucleus,  # P: draw from the smallest set that holds this much probability
+                nucleus=nucleus,  # P: draw from the most probable tokens that hold at most P together, one at least
                 top_k=0,  # draw from the k most probable tokens; 0: from all
                 temperature=1.0,  # divides the logits; 1e-3 or more
                 variable_length=False,  # a sample ends after its second EOS, max_length at the latest

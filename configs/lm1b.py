@@ -1,4 +1,4 @@
-"""The One Billion Words benchmark in rows of 128 tokens (bert-base-uncased): tables 1 to 4 of the paper.
+"""The One Billion Words benchmark in rows of 128 tokens (bert-base-uncased): tables 1 to 3 and 8 of the paper.
 
 bd3 prepare --config=configs/lm1b.py:mdlm
 bd3 train --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm

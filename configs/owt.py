@@ -1,10 +1,12 @@
-"""OpenWebText in rows of 1024 GPT-2 tokens: the paper's models (Block Diffusion, tables 3 to 7).
+"""OpenWebText in rows of 1024 GPT-2 tokens: the paper's models (Block Diffusion, tables 4 to 7).
 
 bd3 prepare --config=configs/owt.py:mdlm
 bd3 train --config=configs/owt.py:mdlm --workdir=gs://BUCKET/owt-mdlm
 bd3 train --config=configs/owt.py:bd3lm,block_size=1024 --workdir=gs://BUCKET/owt-pretrain
 bd3 train --config=configs/owt.py:bd3lm,block_size=4 --workdir=gs://BUCKET/owt-4 --config.init_from=gs://BUCKET/owt-pretrain
 bd3 eval --workdir=gs://BUCKET/owt-4
+bd3 prepare --config=configs/owt.py:mdlm --config.data.corpus=ptb --config.data.directory=data/zeroshot/ptb \
+    --config.data.insert_special=True --config.data.insert_eos=False    # and so on, see bd3_jax/evaluation/suite.py
 bd3 eval --workdir=gs://BUCKET/owt-4 --suite=zeroshot
 
 A BD3-LM begins as one block of 1024 (850 K steps), and goes on for 150 K steps with blocks of 4, 8 or 16, searching the

@@ -5,7 +5,7 @@
 
 By default on the runs that interval_variance.py leaves. Some validation batches are estimated again and again by both
 estimators, one pass of the network each: what varies is noise alone. `ratio` is that of the variances of a batch's
-NLL, `at equal cost` that of variance times seconds. The means must agree. About four minutes on two cores.
+NLL, `at equal cost` that of variance times seconds. The means must agree. About nine minutes on two cores.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 For B = 4, 8, 16 it trains a small BD3-LM on the quickstart's corpus, with a search at every validation. With the
 averaged weights in the end it draws the training loss of rows that training has not read, in every interval for the
 same rows and keys: the variance of the mean loss of a block, which the search makes small and the paper's tables have,
-and that of the loss of a batch, over rows and noise. About ten minutes on two cores. Exit status 1 where the chosen
+and that of the loss of a batch, over rows and noise. About half an hour on two cores. Exit status 1 where the chosen
 interval does not vary less than U[0, 1].
 """
 

@@ -3,7 +3,7 @@
     python experiments/sharding_memory.py
 
 The recipe of configs/lm1b.py (139 M parameters, float32) with 64 rows, layers scanned as on
-accelerators. Nothing of that size is allocated: only shapes are compiled, for the CPU. About five minutes on two cores.
+accelerators. Nothing of that size is allocated: only shapes are compiled, for the CPU. About two minutes on two cores.
 """
 
 import argparse

@@ -105,8 +105,8 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         traced = likelihood_program(model, config.eval.estimator, split).trace(params, batch, key)
         turns = model.most_chunks(rows)
         return Program(traced, held, rows, product_flops(traced.jaxpr, turns), turns=turns)
-    rows = config.sampling.batch_size
-    split = sharding.batch_sharding(mesh, rows, "config.sampling.batch_size")
+    rows = -(-config.sampling.batch_size // model.batch_shards) * model.batch_shards
+    split = sharding.row_sharding(mesh)
     sampler = Sampler.from_config(model, config.sampling)
     weights, blocks, calls = abstract_weights(sampler, params), sampler.blocks_per_call, None
     context = _bytes(abstract_memory(sampler, weights, rows, split))

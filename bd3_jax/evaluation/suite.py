@@ -7,8 +7,7 @@ import jax
 from etils import epath
 
 from bd3_jax.config import Config
-from bd3_jax.data.corpora import get_corpus
-from bd3_jax.data.manifest import is_prepared
+from bd3_jax.data.manifest import is_prepared, load_manifest
 from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import Result, check_tokenizer, describe, evaluate_params, open_run
@@ -37,7 +36,11 @@ PUBLISHED = {
 def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> dict[str, Result]:
     """Evaluates the newest checkpoint of a run on every prepared corpus of `ZEROSHOT`; prints and records the table.
 
-    Rows have BOS and EOS around them and nothing between documents, as in the paper; the tokenizer is the run's.
+    Rows have BOS and EOS around them and nothing between documents, as in the paper; the tokenizer is the run's. With
+    TOKENIZER the name of a published one, or WORKDIR/tokenizer where it was trained, a corpus is prepared by
+
+        bd3 prepare --config=CONFIG --config.data.corpus=ptb --config.data.directory=data/zeroshot/ptb \
+            --config.data.tokenizer=TOKENIZER --config.data.insert_special=True --config.data.insert_eos=False
 
     Args:
       config: settings of the run, and how to evaluate.
@@ -54,16 +57,17 @@ def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> d
     if not prepared:
         raise UserError(f"--suite_data is {str(folder)!r}; allowed: a folder with one of {_names()} prepared in it")
     require_writable(workdir, "--workdir")
-    tokenizer = config.data.tokenizer or get_corpus(config.data.corpus).tokenizer
     rows = {}
     for corpus, _, split in ZEROSHOT:
         if corpus in prepared:
+            made = load_manifest(folder / corpus).settings
             data = dataclasses.replace(
                 config.data, mode="prepared", corpus=corpus, source="", field="", directory=str(folder / corpus),
-                tokenizer=tokenizer, insert_special=True, insert_eos=False,
+                tokenizer=made.tokenizer, vocab_size=made.vocab_size or config.data.vocab_size,
+                insert_special=True, insert_eos=False,
             )  # fmt: skip
             rows[corpus] = open_dataset(data, config.model.length, split)
-            check_tokenizer(rows[corpus], workdir)
+            check_tokenizer(rows[corpus], workdir)  # by what is in it: another name does not matter
     run, first = open_run(config, workdir, rows[prepared[0]]), jax.process_index() == 0
     results = {
         corpus: evaluate_params(run.lm, run.params, dataset, config.eval, sharding=run.split, progress=first)

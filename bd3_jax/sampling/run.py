@@ -24,7 +24,7 @@ from bd3_jax.sampling.infilling import resolve
 from bd3_jax.sampling.sampler import Sampler
 from bd3_jax.sampling.streaming import Watch
 from bd3_jax.sampling.trace import Trace, page
-from bd3_jax.sharding import batch_sharding, batch_shards, make_mesh, param_shardings
+from bd3_jax.sharding import batch_shards, make_mesh, param_shardings, row_sharding
 
 FILE_NAME = "samples.jsonl"
 TRACE_FILE = "trace.html"
@@ -104,7 +104,6 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
       UserError: if there is no checkpoint, or it cannot do what is asked.
     """
     mesh = make_mesh(config.mesh)
-    split_rows = batch_sharding(mesh, config.sampling.batch_size, "config.sampling.batch_size")
     require_writable(workdir, "--workdir")
     orbax.require_checkpoint(workdir)
     if not (workdir / "tokenizer" / TOKENIZER_FILE).exists():
@@ -125,10 +124,10 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     path, kept, first = workdir / FILE_NAME, None, jax.process_index() == 0
     # Every process draws block by block, or none.
     watcher = (Watch(tokenizer) if first else lambda drawn: None) if watch else None
-    together = batch_size(c, model) if not watch else batch_shards(mesh)
+    together = batch_size(c, model.batch_shards) if not watch else model.batch_shards
     traces: list[Trace] = []
     with tqdm(total=c.num_samples, unit=" samples", file=sys.stderr, disable=not first or watch) as progress:
-        for drawn in draw(sampler, params, row, c.num_samples, together, split_rows, watcher):
+        for drawn in draw(sampler, params, row, c.num_samples, together, row_sharding(mesh), watcher):
             new = Sample.of(drawn, c.seed, step, tokenizer)
             if trace:
                 traces.append(Trace.of(drawn, sampler.layout, tokenizer))
@@ -149,10 +148,9 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     return [dataclasses.asdict(sample) for sample in samples]
 
 
-def batch_size(c: SamplingConfig, model: LanguageModel) -> int:
-    """Sequences drawn at a time: as many as are asked for, if there are so many samples."""
-    parts = model.batch_shards
-    return min(c.batch_size, -(-c.num_samples // parts) * parts)
+def batch_size(c: SamplingConfig, parts: int) -> int:
+    """Sequences drawn at a time: as many as are asked for, if there are so many samples; a multiple of `parts`."""
+    return -(-min(c.batch_size, c.num_samples) // parts) * parts
 
 
 def summary(samples: Sequence[Sample]) -> str:

@@ -95,8 +95,8 @@ class Samples:
     def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, tokenizer: Tokenizer):
         """Raises UserError for a prompt that is too long."""
         self._config, given = resolve(config.sampling, tokenizer.encode)
-        self._tokenizer, self._batch_size = tokenizer, batch_size(self._config, model)
-        self._split = sharding.batch_sharding(mesh, config.sampling.batch_size, "config.sampling.batch_size")
+        self._tokenizer, self._batch_size = tokenizer, batch_size(self._config, model.batch_shards)
+        self._split = sharding.row_sharding(mesh)
         self._sampler = Sampler.from_config(model, self._config)
         self._row = self._sampler.canvas([given])[0]
 

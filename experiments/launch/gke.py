@@ -1,7 +1,7 @@
 r"""Trains on TPU slices of a GKE cluster, as an xpk workload.
 
 python experiments/launch/gke.py --cluster=NAME --zone=ZONE --project=PROJECT --tpu-type=v5litepod-16 --image=IMAGE \
-    --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm
+    --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm --config.data.directory=gs://BUCKET/lm1b
 
 IMAGE holds bd3_jax, installed with the extras tpu and gcs. Of several slices (--slices), each has whole copies of the
 parameters: config.mesh.data is a multiple of their number. Preempted, a workload restarts --restarts times by itself,

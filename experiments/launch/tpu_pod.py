@@ -1,7 +1,7 @@
 r"""Trains on a slice of Cloud TPU: the same command on all its workers, which find each other.
 
 python experiments/launch/tpu_pod.py --tpu=NAME --zone=ZONE --create=v5litepod-16 --install \
-    --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm
+    --config=configs/lm1b.py:mdlm --workdir=gs://BUCKET/lm1b-mdlm --config.data.directory=gs://BUCKET/lm1b
 
 --create makes the slice first, as a spot one with --spot. --install copies the last commit to every worker and installs
 it, with a Python of its own. Without both, the slice is there and ready.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 
 from bd3_jax.checkpoints import run_folder
 from bd3_jax.errors import UserError
@@ -92,11 +91,12 @@ def test_samples_do_not_depend_on_the_mesh(run, tmp_path):
     assert json.loads(ended.stdout.splitlines()[-1]) == dict.fromkeys(meshes, expected)
 
 
-def test_a_batch_that_the_mesh_cannot_split(run, monkeypatch):
-    config, workdir = run
-    monkeypatch.setattr(sampling, "make_mesh", lambda _: AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor")))
-    with pytest.raises(UserError, match=r"config\.sampling\.batch_size is 2; allowed: a multiple of 8"):
-        sample(config, workdir)
+@pytest.mark.parametrize(
+    ("asked", "samples", "parts", "together"), [(4, 10, 1, 4), (4, 3, 1, 3), (3, 3, 2, 4), (8, 3, 2, 4), (2, 9, 8, 8)]
+)
+def test_a_batch_is_one_that_the_devices_can_split(run, asked, samples, parts, together):
+    c = change(run[0], batch_size=asked, num_samples=samples).sampling
+    assert sampling.batch_size(c, parts) == together
 
 
 def test_only_the_first_process_writes(run, tmp_path, monkeypatch, capsys):
