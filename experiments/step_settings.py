@@ -7,7 +7,8 @@ Each row changes one setting of the first, the last several: BD3-LM, d = 256, 8 
 V = 2,001. Memory is what the compiler plans for the step; temporaries are what of it is neither state nor batch. Times
 are medians of a few steps; of ratios, those to steps of the first row, with which every row takes turns. On CPUs, XLA
 computes layers that are not scanned (scan_unroll=0, the default there) again as soon as it can, so that
-rematerialisation saves nothing; and they compute bfloat16 by converting, so its time says nothing there. About ten minutes on two cores, which should be idle.
+rematerialisation saves nothing; and they compute bfloat16 by converting, so its time says nothing there. About eight
+minutes on two cores, which should be idle.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def table(found: dict[str, dict]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="timed, after one to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one to warm up")
     parser.add_argument("--vocab_size", type=int, default=2001)
     parser.add_argument("--set", action="append", default=[], metavar="GROUP.NAME=VALUE", help="in every row")
     parser.add_argument("--out", type=Path, default=RESULTS / "step_settings")
