@@ -181,7 +181,7 @@ class Pretrained:
             raise UserError("rows have 1 token, whose loss does not count; allowed: 2 or more")
         losses = sequence_losses(model, self.params, batches(rows, c.batch_size), c)
         return Result.of(
-            model, losses, rows.shape[1], c.estimator,
+            model, losses, rows.shape[1], c.estimator, c.batch_size,
             split="given", insert_special=False, insert_eos=are_texts,
         )  # fmt: skip
 

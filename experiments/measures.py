@@ -16,10 +16,13 @@ from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
 from bd3_jax.config import Config
+from bd3_jax.configs import quickstart
 from bd3_jax.data.pipeline import Dataset, open_dataset, train_batches
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.perplexity import batches, open_run, sequence_losses
+from bd3_jax.evaluation.perplexity import batches, open_run, pool, sequence_losses
 from bd3_jax.language_model import LanguageModel
+
+BATCH = quickstart.get_config().eval.batch_size  # of the small models
 
 
 def losses_by_row(
@@ -59,12 +62,15 @@ def by_model(cells: list[dict[str, Any]], steps: int) -> dict[str, dict[int, np.
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Mean difference of NLLs per token `[seeds, rows]`, second less first, and its standard error."""
+    """Mean difference of NLLs per token `[seeds, rows]`, second less first, and its standard error.
+
+    That of rows, evaluated in batches of which each has one stratified draw of the noise, and that of seeds.
+    """
     by_row, by_seed = (second - first).mean(0), (second - first).mean(1)
-    variance = by_row.var(ddof=1) / len(by_row)
+    mean, error = pool(by_row, np.ones(len(by_row), int), BATCH)
     if len(by_seed) > 1:
-        variance += by_seed.var(ddof=1) / len(by_seed)
-    return float(by_row.mean()), math.sqrt(variance)
+        error = math.hypot(error, by_seed.std(ddof=1) / math.sqrt(len(by_seed)))
+    return mean, error
 
 
 def pooled(seeds: dict[int, np.ndarray]) -> tuple[float, float, str]:

@@ -30,6 +30,9 @@ from bd3_jax.sharding import batch_sharding, batch_shards, by_rows, make_mesh, p
 
 Batch = tuple[Int[np.ndarray, "b L"], Bool[np.ndarray, "b"]]  # rows, and which are no mere padding
 
+FEW = 10
+"""Independent parts of a split, from which on its standard error is that of such parts."""
+
 POSITIONS = 32
 """At most so many figures are kept of the positions in a block."""
 
@@ -73,14 +76,16 @@ class Result:
         losses: Float[np.ndarray, "n P"],
         length: int,
         estimator: str,
+        batch_size: int,
         split: str,
         insert_special: bool,
         insert_eos: bool,
     ) -> "Result":
-        """Pools the losses of n sequences of `length` tokens, see `sequence_losses`."""
+        """Pools the losses of n sequences of `length` tokens in batches, see `sequence_losses`."""
         counted = np.asarray(lm.counted(length))
         counts = np.full(len(losses), int(counted.sum()))
-        nll, error = pool(losses.sum(1), counts)
+        is_drawn = not lm.is_exact and estimator not in ORDERS
+        nll, error = pool(losses.sum(1), counts, batch_size if is_drawn else 1)
         groups = losses.shape[1]
         at_positions = counted.reshape(-1, groups, lm.block_size // groups).sum((0, 2)) * len(losses)
         means = np.where(at_positions, losses.sum(0) / np.maximum(at_positions, 1), math.nan)
@@ -155,8 +160,16 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"]) -> tuple[float, float]:
-    """Ratio estimate sum(losses) / sum(counts) over n sequences, and its standard error (nan for one sequence)."""
+def pool(losses: Float[np.ndarray, "n"], counts: Int[np.ndarray, "n"], together: int = 1) -> tuple[float, float]:
+    """Ratio estimate sum(losses) / sum(counts) over n sequences, and its standard error (nan for one sequence).
+
+    Of each `together` sequences the noise is one stratified draw, so that their errors cancel in part: their sums are
+    what varies independently. Of fewer than `FEW` such sums one could not tell; there sequences are taken all the same,
+    whose error is too large then.
+    """
+    if len(losses) >= FEW * together:
+        begins = np.arange(0, len(losses), together)
+        losses, counts = np.add.reduceat(losses, begins), np.add.reduceat(counts, begins)
     n, total = len(losses), counts.sum()
     mean = losses.sum() / total
     with np.errstate(invalid="ignore"):  # infinite losses
@@ -217,6 +230,7 @@ def evaluate_params(
         losses,
         lm.length,
         config.estimator,
+        config.batch_size,
         split=dataset.split,
         insert_special=dataset.settings.insert_special,
         insert_eos=dataset.settings.insert_eos,

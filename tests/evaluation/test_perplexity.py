@@ -162,6 +162,32 @@ def test_standard_error_is_that_of_repeated_samples():
     )
 
 
+def test_standard_error_of_stratified_noise():
+    """Of 8 sequences each has a stratum of its own: what they differ in by it is no error of the mean."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        strata = rng.permuted(np.tile(np.arange(8), (40, 1)), axis=1) + rng.uniform(size=(40, 8))
+        return (strata + 0.3 * rng.normal(size=(40, 8))).ravel(), np.ones(320, int)
+
+    draws = [draw() for _ in range(500)]
+    means, errors = np.transpose([perplexity.pool(*each, together=8) for each in draws])
+    assert means.std() == pytest.approx(errors.mean(), rel=0.1)
+    assert np.mean([perplexity.pool(*each)[1] for each in draws]) > 4 * means.std()
+
+
+def test_batches_are_independent_where_noise_is_drawn(toy_lm, random_params, dataset):
+    for objective, batches in (("mdlm", True), ("ar", False)):
+        lm = toy_lm(objective)
+        params, data, config = random_params(lm), dataset(46), settings()
+        result = perplexity.evaluate_params(lm, params, data, config)
+        sums = by_hand(lm, params, np.stack(list(data.rows)), config, 0)
+        parts = [sums[n : n + 4] for n in range(0, 46, 4)] if batches else [sums[n : n + 1] for n in range(46)]
+        off = [part.sum() - len(part) * sums.mean() for part in parts]
+        error = math.sqrt(len(off) * np.var(off, ddof=0) * len(off) / (len(off) - 1)) / (46 * 11)
+        assert result.standard_error == pytest.approx(error, rel=1e-4)
+
+
 def test_one_sequence_has_no_standard_error():
     assert math.isnan(perplexity.pool(np.array([3.0]), np.array([2]))[1])
 
@@ -183,7 +209,7 @@ def test_table_and_record_say_how_the_figure_came_about():
 def test_losses_that_are_not_finite_are_counted(toy_lm, wrong, figure):
     """The third is finite, and its perplexity is not."""
     losses = np.array([[1.0], [wrong], [2.0]])
-    result = perplexity.Result.of(toy_lm("ar"), losses, 12, "monte_carlo", "test", False, True)
+    result = perplexity.Result.of(toy_lm("ar"), losses, 12, "monte_carlo", 4, "test", False, True)
     assert result.nonfinite == int(not math.isfinite(wrong))
     assert figure(result.perplexity)
     assert "perplexity" in result.table()
