@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.diffusion import likelihood, objectives
@@ -265,3 +266,31 @@ def test_only_ar_and_blocks_of_one_token_are_exact(toy_lm):
     exact = [toy_lm("ar"), toy_lm("bd3lm", 1)]
     bounds = [toy_lm("bd3lm", 2), toy_lm("mdlm"), toy_lm("sedd"), toy_lm("mdlm", length=1), toy_lm("sedd", length=1)]
     assert [lm.is_exact for lm in exact + bounds] == [True] * 2 + [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("objective", "attention"), [("bd3lm", "auto"), ("bd3lm", "dense"), ("ar", "auto"), ("sedd", "auto")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_products_are_float32_everywhere(toy_lm, objective, attention, dtype):
+    """No product of the loss or its gradient leaves the rounding of float32 operands to the machine."""
+    lm = toy_lm(objective, 4 if objective == "bd3lm" else 0, dtype=dtype, attention=attention)
+    params = lm.network.init(jax.random.key(0))
+    tokens = jnp.zeros((2, 12), jnp.int32)
+    loss = lambda params: lm.training_loss(params, tokens, jax.random.key(1), 1e-3, 1.0)[0]
+    found = [
+        (eqn.invars[0].aval.dtype, eqn.params["precision"])
+        for eqn in products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    ]
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert {precision for dtype, precision in found if dtype == jnp.float32} == {highest}
+    assert any(kind == jnp.bfloat16 for kind, _ in found) == (dtype == "bfloat16")
+
+
+def products(jaxpr):
+    """All products of a program, those in its loops and calls too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from products(inner)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bd3_jax.precision import precision_of
+
 Loss = Callable[..., Float[Array, "n"]]
 """(logits `[n, V]`, one array `[n]` after the other) -> losses `[n]`."""
 
@@ -109,7 +111,8 @@ def _compute(
     def one_shard(
         h: Float[Array, "c d"], args: tuple[Array, ...], counted: Bool[Array, "c"]
     ) -> tuple[Float[Array, "c"], Float[Array, "c d"], Output]:
-        logits = jnp.dot(h, kernel, preferred_element_type=jnp.float32) + output.bias
+        precision = precision_of(h)
+        logits = jnp.dot(h, kernel, precision=precision, preferred_element_type=jnp.float32) + output.bias
         losses, pull_back = jax.vjp(lambda logits: jnp.where(counted, loss(logits, *args), 0.0), logits)
         if not with_gradients:
             return losses, jnp.zeros((size, 0), h.dtype), Output(jnp.zeros((0, 0)), jnp.zeros(0))
@@ -117,10 +120,10 @@ def _compute(
         dlogits = dlogits.astype(h.dtype)
         # The bias' gradient as a product too: on CPU a sum over rows takes as long as all the rest.
         dkernel, dbias = (
-            jnp.einsum("c...,cv->...v", x, dlogits, preferred_element_type=jnp.float32)
+            jnp.einsum("c...,cv->...v", x, dlogits, precision=precision, preferred_element_type=jnp.float32)
             for x in (h, jnp.ones(size, h.dtype))
         )
-        return losses, dlogits @ kernel.T, Output(dkernel, dbias)
+        return losses, jnp.dot(dlogits, kernel.T, precision=precision), Output(dkernel, dbias)
 
     def one_chunk(index: Array, carry: tuple[Array, Array, Output]) -> tuple[Array, Array, Output]:
         losses, dhidden, doutput = carry

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from bd3_jax.models import chunked, splash
 from bd3_jax.models.tiles import LANES
+from bd3_jax.precision import precision_of
 
 Heads = Float[Array, "b h L k"]
 Streams = Float[Array, "b h s L k"]
@@ -82,11 +83,11 @@ class Backend(Protocol):
 
 def softmax_attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array | np.ndarray, "..."] | None = None) -> Heads:
     """softmax(q k^T / sqrt(head_dim)) v, with -inf where the mask (broadcast over `[b, h, Lq, Lk]`) is false."""
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = chunked.product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v, precision=precision_of(v))
 
 
 def cached(
@@ -105,7 +106,7 @@ def cached(
     parts = [(cache_k, cache_v, old[:, None]), (k, v, None if own is None else own[:, None])]
     scores = []
     for keys, _, seen in parts:
-        score = jnp.einsum("bhqd,bhkd->bhqk", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        score = chunked.product("bhqd,bhkd->bhqk", q, keys) * q.shape[-1] ** -0.5
         scores.append(score if seen is None else jnp.where(seen, score, -jnp.inf))
     # A query sees itself, so its largest score is finite.
     top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True, initial=-jnp.inf) for score in scores])
@@ -113,7 +114,7 @@ def cached(
     for (_, values, _), score in zip(parts, scores, strict=True):
         weights = jnp.exp(score - top)
         total += weights.sum(-1, keepdims=True)
-        out += jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        out += chunked.product("bhqk,bhkd->bhqd", weights.astype(v.dtype), values)
     return (out / total).astype(v.dtype)
 
 

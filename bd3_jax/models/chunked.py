@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from bd3_jax.precision import precision_of
+
 Heads = Float[Array, "b h L k"]
 Index = int | Int[Array, ""]
 Carry = TypeVar("Carry")
@@ -119,7 +121,7 @@ class _Group(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(x, self.first, self.size, axis=2)
 
     def scores(self, q: Heads, k: Heads) -> Float[Array, "b h q k"]:
-        scores = _product("bhqd,bhkd->bhqk", q, self.of(k)) * q.shape[-1] ** -0.5
+        scores = product("bhqd,bhkd->bhqk", q, self.of(k)) * q.shape[-1] ** -0.5
         return scores if self.visible is None else jnp.where(self.visible, scores, -jnp.inf)
 
     def add(self, total: Heads, part: Heads) -> Heads:
@@ -151,7 +153,7 @@ def _forward(
         for group, part in zip(groups, scores, strict=True):
             weights = jnp.exp(part - top)
             total += weights.sum(-1, keepdims=True)
-            out += _product("bhqk,bhkd->bhqd", weights.astype(q.dtype), group.of(streams[group.stream].v))
+            out += product("bhqk,bhkd->bhqd", weights.astype(q.dtype), group.of(streams[group.stream].v))
         return None, ((out / total).astype(q.dtype), (top + jnp.log(total))[..., 0])
 
     _, (out, log_sum) = _over_stages(plan, attend_chunk, None)
@@ -176,13 +178,13 @@ def _attend_bwd(block_size: int, chunk: int, residuals: tuple, dout: Heads) -> t
         for group in plan.groups(index, stage, streams):
             k, v = streams[group.stream]
             weights = jnp.exp(group.scores(query, k) - _take(log_sum, index)[..., None])
-            dweights = _product("bhqd,bhkd->bhqk", gradient, group.of(v))
+            dweights = product("bhqd,bhkd->bhqk", gradient, group.of(v))
             dscores = weights * (dweights - _take(delta, index)[..., None]) * q.shape[-1] ** -0.5
             weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
-            dq += _product("bhqk,bhkd->bhqd", dscores, group.of(k))
+            dq += product("bhqk,bhkd->bhqd", dscores, group.of(k))
             dk, dv = totals[group.stream]
-            dk = group.add(dk, _product("bhqk,bhqd->bhkd", dscores, query))
-            totals[group.stream] = KV(dk, group.add(dv, _product("bhqk,bhqd->bhkd", weights, gradient)))
+            dk = group.add(dk, product("bhqk,bhqd->bhkd", dscores, query))
+            totals[group.stream] = KV(dk, group.add(dv, product("bhqk,bhqd->bhkd", weights, gradient)))
         return totals, dq.astype(q.dtype)
 
     zeros = [KV(*(jnp.zeros(x.shape, jnp.float32) for x in stream)) for stream in streams]
@@ -215,5 +217,5 @@ def _pad(x: Array, surplus: int, axis: int = 2) -> Array:
     return jnp.pad(x, [(0, surplus if at == axis else 0) for at in range(x.ndim)]) if surplus else x
 
 
-def _product(subscripts: str, a: Array, b: Array) -> Float[Array, "..."]:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+def product(subscripts: str, a: Array, b: Array) -> Float[Array, "..."]:
+    return jnp.einsum(subscripts, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)

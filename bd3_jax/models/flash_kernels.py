@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from bd3_jax.models.tiles import LANES, divide
+from bd3_jax.precision import precision_of
 
 HIDDEN = -1e30  # the score of a key that is not visible
 LOG2_E = math.log2(math.e)
@@ -76,10 +77,8 @@ class Pattern:
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Float32, and of float32 operands exact to their last bits."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision_of(a), preferred_element_type=jnp.float32)
 
 
 def _partner(x: Array, head_dim: int) -> Array:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bd3_jax.models import chunked
+from bd3_jax.precision import precision_of
 
 HEADS, HIDDEN = "heads", "mlp"
 """Names of q, k, v and of the MLP's input to its GELU, for rematerialisation policies."""
@@ -79,8 +80,9 @@ def rotate(x: Float[Array, "... L k"], cos: Array, sin: Array) -> Float[Array, "
 def _product(x: Float[Array, "*n i"], kernel: Float[Array, "i *o"], flat: bool) -> Float[Array, "..."]:
     """`flat`: as one matrix product, see `platform.flat_products`."""
     if not flat:
-        return jnp.tensordot(x, kernel, axes=1)
-    product = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
+        return jnp.tensordot(x, kernel, axes=1, precision=precision_of(x))
+    matrix = kernel.reshape(kernel.shape[0], -1)
+    product = jnp.dot(x.reshape(-1, x.shape[-1]), matrix, precision=precision_of(x))
     return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -109,7 +111,7 @@ class Entry:
         scale, gain = None, norm
         if modulation is not None:
             shift, scale = modulation
-            shifted = jnp.tensordot(shift, kernel, axes=1)
+            shifted = jnp.tensordot(shift, kernel, axes=1, precision=precision_of(shift))
             bias = shifted if bias is None else shifted + bias
             if scale.shape[0] == 1:
                 gain, scale, bias = norm * (1 + scale[0]), None, bias[0]
@@ -160,7 +162,7 @@ class Exit:
             joined = jnp.moveaxis(x, 1, -2)
             return self(joined.reshape(*joined.shape[:-2], -1), flat)
         kernel = self.kernel.reshape(x.shape[1], x.shape[-1], -1)
-        return self._gated(jnp.einsum("bhslk,hkd->bsld", x, kernel))
+        return self._gated(jnp.einsum("bhslk,hkd->bsld", x, kernel, precision=precision_of(x)))
 
     def _gated(self, out: Streams) -> Streams:
         out = out if self.bias is None else out + self.bias

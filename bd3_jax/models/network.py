@@ -23,6 +23,7 @@ from bd3_jax.models.layer import REMAT_SAVED, Attend, finish
 from bd3_jax.models.platform import flat_products, settle
 from bd3_jax.models.tiles import tile_size
 from bd3_jax.models.transformer import Transformer
+from bd3_jax.precision import precision_of
 
 Params = dict[str, Any]
 
@@ -323,5 +324,5 @@ class Network:
             kernel, bias = params.output
         else:
             kernel, bias = params["output"]["kernel"], params["output"]["bias"]
-        product = jnp.tensordot(hidden, kernel.astype(hidden.dtype), axes=1, preferred_element_type=jnp.float32)
-        return product + bias
+        kernel, precision = kernel.astype(hidden.dtype), precision_of(hidden)
+        return jnp.tensordot(hidden, kernel, 1, precision=precision, preferred_element_type=jnp.float32) + bias

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from bd3_jax.config import ModelConfig
 from bd3_jax.models.layer import Entry, Exit, Layer
+from bd3_jax.precision import precision_of
 
 TIME_FEATURES = 256
 
@@ -35,7 +36,8 @@ class Linear(nnx.Module):
         self.bias = _constant(0, out, axes[1:]) if zero else _uniform(rngs, out, fan_in, axes[1:])
 
     def __call__(self, x: Array) -> Array:
-        return jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=1) + self.bias[...].astype(x.dtype)
+        kernel, bias = (leaf[...].astype(x.dtype) for leaf in (self.kernel, self.bias))
+        return jnp.tensordot(x, kernel, axes=1, precision=precision_of(x)) + bias
 
 
 class TimeEmbedding(nnx.Module):
