@@ -278,9 +278,8 @@ def test_float32_products_are_float32_everywhere(toy_lm, objective, attention, d
     params = lm.network.init(jax.random.key(0))
     tokens = jnp.zeros((2, 12), jnp.int32)
     loss = lambda params: lm.training_loss(params, tokens, jax.random.key(1), 1e-3, 1.0)[0]
-    found = [
-        ({str(operand.aval.dtype) for operand in eqn.invars}, eqn.params["precision"]) for eqn in products(program)
-    ]
+    program = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    found = [({str(each.aval.dtype) for each in eqn.invars}, eqn.params["precision"]) for eqn in products(program)]
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     assert all(precision == highest for kinds, precision in found if kinds == {"float32"})
     assert any(kinds == {dtype} for kinds, _ in found)
