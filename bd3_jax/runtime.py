@@ -128,7 +128,7 @@ def start(processes: Processes | None = None) -> None:
 
 @contextlib.contextmanager
 def alongside_others() -> Iterator[None]:
-    """Where several processes run, one that fails ends at once, so that the others notice; none waits for the dead.
+    """Where several processes run, one that fails ends at once, so that the others notice; none waits for another.
 
     Whatever one of them cannot go on after, the others cannot either: a collective that waits for it fails or is ended
     after `Processes.timeout` by JAX, which says so.
@@ -139,7 +139,7 @@ def alongside_others() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         if str(error).startswith(_OWN_FAULTS):
-            _leave(f"{traceback.format_exc()}\nerror: process {jax.process_index()} of {jax.process_count()} stops", 1)
+            _leave_with_trace()
         first = str(error).strip().splitlines()[0][:300]
         _leave(
             f"error: process {jax.process_index()} of {jax.process_count()} stops, for another one died or cannot be "
@@ -150,6 +150,14 @@ def alongside_others() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         _leave(f"error: process {jax.process_index()} of {jax.process_count()}: {error}", 2)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        _leave_with_trace()
+
+
+def _leave_with_trace() -> None:
+    _leave(f"{traceback.format_exc()}\nerror: process {jax.process_index()} of {jax.process_count()} stops", 1)
 
 
 def _leave(message: str, status: int) -> None:

@@ -30,9 +30,10 @@ compiled for `TOPOLOGY`, as for any other machine, without having it:
 bd3 compile --config=configs/owt.py:bd3lm,block_size=4 --topology=v5e:16x16
 
 Rows are as for the paper's BD3-LMs and every published `-noeos` model: EOS after documents, no BOS or EOS around rows.
-With injection, as for the paper's other baselines: --config.data.insert_special=True and a --config.data.directory of
-its own. Validations during training, and so the search, look at the same text without BOS and EOS; `bd3 eval` at the
-rows as they are, or at those too with --config.eval.without_special=always.
+With injection, as for the paper's other baselines, which count BOS as well: --config.data.insert_special=True
+--config.noise.ignore_bos=False and a --config.data.directory of its own. Validations during training, and so the
+search, look at the same text without BOS and EOS; `bd3 eval` at the rows as they are, or at those too with
+--config.eval.without_special=always.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bd3_jax import runtime
 from bd3_jax.errors import UserError
 from bd3_jax.runtime import Processes, has_tpu
 
@@ -53,3 +54,20 @@ def test_chips_of_every_generation_are_seen(name, tmp_path, monkeypatch):
 def test_what_does_not_fit(flags, environment, message):
     with pytest.raises(UserError, match=message):
         Processes.of(*flags, 60, environment)
+
+
+def test_whatever_fails_one_process_ends_it_at_once(monkeypatch, capsys):
+    """And not at the farewell, where it would wait for others that wait for it."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(runtime.os, "_exit", leave)
+    for count, expected in ((1, ValueError), (2, SystemExit)):
+        monkeypatch.setattr(runtime.jax, "process_count", lambda count=count: count)
+        with pytest.raises(expected) as ended, runtime.alongside_others():
+            int("x")
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "ValueError" in error
+    assert error.endswith("error: process 0 of 2 stops\n")

@@ -50,10 +50,9 @@ def _changes(config: Config, mode: str, held: dict[str, int], chip: Chip, chips:
         yield _Change("training", "microbatches", parts, "activations of fewer rows at a time, same gradient")
     if training and m.remat != "full":
         yield _Change("model", "remat", "block" if m.remat == "none" else "full", "more computed again")
-    if mesh.fsdp < chips and sum(held.values()) > chip.memory / 4:
-        split = "parameters and optimiser split over the chips"
-        yield _Change("mesh", "fsdp", chips // mesh.tensor, split)
     shards, group = chips // mesh.tensor, GROUPS[mode]
+    if mesh.fsdp < shards and sum(held.values()) > chip.memory / 4:
+        yield _Change("mesh", "fsdp", shards, "parameters and optimiser split over the chips")
     batch = config.to_dict()[group]["batch_size"]
     if batch > shards:
         fewer = max(shards, batch // 2 // shards * shards)

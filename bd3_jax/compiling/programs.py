@@ -13,6 +13,7 @@ from bd3_jax import sharding
 from bd3_jax.compiling.hlo import Buffer
 from bd3_jax.config import Config
 from bd3_jax.data.corpora import get_corpus
+from bd3_jax.diffusion.orders import ORDERS
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
@@ -79,6 +80,11 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     Raises:
       UserError: settings that do not fit the devices, or a tokenizer whose size is not known.
     """
+    if mode == "eval" and config.eval.estimator in ORDERS:
+        raise UserError(
+            f"config.eval.estimator is {config.eval.estimator}; allowed here: monte_carlo, low_variance, which take "
+            "one pass (an exact order takes as many as a block has tokens, in about the same memory)"
+        )
     mesh = sharding.make_mesh(config.mesh, devices)
     model = LanguageModel.from_config(config, special_ids(config, vocab_size), sharding.batch_shards(mesh))
     model = dataclasses.replace(model, network=dataclasses.replace(model.network, platform=platform))

@@ -112,7 +112,7 @@ class Report:
         if self.call_bytes is not None and self.call_floor is not None:
             rows, ratio = self.rows / self.chips, self.call_bytes / self.call_floor
             lines.append(
-                f"bytes moved per token drawn: {self.call_bytes / rows / 1e6:.1f} MB a chip, {ratio:.2f} times "
+                f"bytes moved per token drawn: {self.call_bytes / rows / 1e6:.1f} MB, {ratio:.2f} times "
                 f"{self.call_floor / rows / 1e6:.1f} MB, weights and context once a network call"
             )
         if self.cycles:

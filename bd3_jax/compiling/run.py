@@ -17,6 +17,7 @@ from bd3_jax.compiling.report import GROUPS, Report
 from bd3_jax.config import Config, ModelConfig
 from bd3_jax.errors import UserError
 from bd3_jax.folders import writing
+from bd3_jax.sharding import mesh_shape
 
 
 def compile_for(config: Config, topology: str, mode: str, vocab_size: int = 0) -> Report:
@@ -63,7 +64,8 @@ def search(
     since it changes nothing. 0 rows and the report of the fewest where not even they fit. Compilations begin at the
     settings' own batch and go up or down from there.
     """
-    shards = targets.parse(topology).size // config.mesh.tensor
+    data, fsdp, _ = mesh_shape(config.mesh, targets.parse(topology).size)
+    shards = data * fsdp
     fewest = config.training.microbatches if mode == "train" else 1
     own = config.to_dict()[GROUPS[mode]]["batch_size"]
     begin = fewest << max(0, (own // (shards * fewest)).bit_length() - 1)

@@ -38,9 +38,8 @@ def ar_loss(logits: Float[Array, "*n V"], targets: Int[Array, "*n"], mask_id: in
 
 
 def doubt(logits: Float[Array, "*n V"], mask_id: int) -> Float[Array, "*n"]:
-    """-log of the highest probability of a token."""
-    logits = _without_mask(logits, mask_id)
-    return jax.nn.logsumexp(logits, axis=-1) - logits.max(-1)
+    """-(the highest probability of a token), rounded as samplers round it, so that both rank alike."""
+    return -jnp.exp(jax.nn.log_softmax(_without_mask(logits, mask_id), axis=-1).max(-1))
 
 
 def shortfall(logits: Float[Array, "*n V"], targets: Int[Array, "*n"], mask_id: int) -> Float[Array, "*n"]:

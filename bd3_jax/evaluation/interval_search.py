@@ -46,15 +46,16 @@ class SearchResult:
     seconds: float
 
     @property
-    def best(self) -> Interval:
-        """The first of those with the smallest variance; one that is not finite is never the smallest."""
-        return self.intervals[int(np.argmin(np.nan_to_num(self.variances, nan=np.inf)))]
+    def best(self) -> Interval | None:
+        """The first of those with the smallest variance; None where none is finite."""
+        finite = np.isfinite(self.variances)
+        return self.intervals[int(np.argmin(np.where(finite, self.variances, np.inf)))] if finite.any() else None
 
     def record(self) -> dict[str, Any]:
         """Flat names for a line of `metrics.jsonl`."""
         table = [[*interval, variance] for interval, variance in zip(self.intervals, self.variances, strict=True)]
-        low, high = self.best
-        best, full = self.variances[self.intervals.index((low, high))], self.variances[0]
+        low, high = self.best or (None, None)
+        best, full = self.variances[self.intervals.index(self.best)] if self.best else None, self.variances[0]
         return {
             "search/low": low, "search/high": high, "search/variance": best, "search/variance_unclipped": full,
             "search/candidates": table, "search/blocks": self.blocks, "search/seconds": self.seconds,

@@ -36,7 +36,8 @@ PUBLISHED = {
 def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> dict[str, Result]:
     """Evaluates the newest checkpoint of a run on every prepared corpus of `ZEROSHOT`; prints and records the table.
 
-    Rows have BOS and EOS around them and nothing between documents, as in the paper; the tokenizer is the run's. With
+    Rows have BOS and EOS around them and nothing between documents, as in the paper; BOS is given, and not counted, to
+    every model. Rows are taken as they are, whatever `eval.without_special` says. The tokenizer is the run's. With
     TOKENIZER the name of a published one, or WORKDIR/tokenizer where it was trained, a corpus is prepared by
 
         bd3 prepare --config=CONFIG --config.data.corpus=ptb --config.data.directory=data/zeroshot/ptb \
@@ -69,8 +70,9 @@ def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> d
             rows[corpus] = open_dataset(data, config.model.length, split)
             check_tokenizer(rows[corpus], workdir)  # by what is in it: another name does not matter
     run, first = open_run(config, workdir, rows[prepared[0]]), jax.process_index() == 0
+    lm = dataclasses.replace(run.lm, noise=dataclasses.replace(run.lm.noise, ignore_bos=True))
     results = {
-        corpus: evaluate_params(run.lm, run.params, dataset, config.eval, sharding=run.split, progress=first)
+        corpus: evaluate_params(lm, run.params, dataset, config.eval, sharding=run.split, progress=first)
         for corpus, dataset in rows.items()
     }
     if first:

@@ -5,6 +5,7 @@ Where it starts from: the newest checkpoint in the workdir that can be read, els
 after any step continues with the same numbers as if it had not been.
 """
 
+import dataclasses
 import functools
 import signal
 import sys
@@ -128,6 +129,9 @@ def _train(config: Config, workdir: epath.Path) -> None:
         state = jax.jit(program.init, out_shardings=shardings)()
     else:
         newest, state, position = checkpoints.restore(newest, program.abstract, stream)
+        # A limit that was lowered since does not stop what was not stuck.
+        skipped = np.int32(min(int(state.skipped), training.max_skipped - 1))
+        state = dataclasses.replace(state, skipped=sharding.place(skipped, state.skipped.sharding))
         start, rows, measured = newest, position["rows"], position["measured"]
         unrecorded = position["unrecorded"]
         _say(f"{workdir}: continues after step {start} of {num_steps}")
@@ -144,7 +148,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
             if host == 0:
                 bar.write(f"step {step}: {found.headline()}")
             score = found.results[0].nll
-            if found.search:
+            if found.search and found.search.best:
                 state = with_interval(state, found.search.best)
         if draw_samples and step and (step % training.sample_every == 0 or last):
             log.write(step, draw_samples(state, step, stop))

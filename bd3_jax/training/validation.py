@@ -56,7 +56,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 class Validator:
-    """Measures on the first rows of `config.eval.split`: always the same ones, and the same noise."""
+    """Measures on the first rows of `config.eval.split`: the same ones always, and but for searches the same noise."""
 
     def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, rows: Dataset | Stream):
         self._model, self._config, self._rows = model, config, rows

@@ -66,13 +66,15 @@ def test_other_modes(tiny, mode, capsys):
         (["--topology=v9:2x2"], "CHIP:SHAPE"),
         (["--topology=cpu:3"], "a multiple of 3"),
         (["--topology=cpu:2", "--config.mesh.fsdp=4"], "number of devices"),
+        (["--topology=cpu:1", "--config.mesh.tensor=2", "--search"], "number of devices"),
+        (["--topology=cpu:1", "--mode=eval", "--config.eval.estimator=left_to_right"], "allowed here: monte_carlo"),
     ],
 )
 def test_mistakes_are_one_line(tiny, flags, said, capsys):
     assert cli.main(["compile", tiny, *flags]) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert [line for line in error.splitlines() if not line.startswith("compiling train")] == [error.splitlines()[-1]]
+    assert [line for line in error.splitlines() if not line.startswith("compiling ")] == [error.splitlines()[-1]]
 
 
 def report(fits):
@@ -118,6 +120,8 @@ def test_advice_is_what_the_machine_takes():
     split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=4))
     found = advice(split, "train", {"parameters": 8 * GIB}, CHIPS["v5e"], chips=16)
     assert "--config.mesh.fsdp=4" in [line.split(" ")[0] for line in found]
+    split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, tensor=4, fsdp=4))
+    assert "mesh.fsdp" not in str(advice(split, "train", {"parameters": 8 * GIB}, CHIPS["v5e"], chips=16))
     # 12 heads over 4 chips; 8 do not divide them.
     few = dataclasses.replace(split, eval=dataclasses.replace(split.eval, batch_size=4))
     assert advice(few, "eval", {"parameters": GIB}, CHIPS["v5e"], chips=16) == []

@@ -66,14 +66,16 @@ def test_a_batch_of_one_block_says_nothing(toy_lm, random_params):
     search = lambda batches: search_interval(lm, params, candidates(12, (0.5,)), batches, jax.random.key(0))
     assert search(batches).variances == search(batches[:1]).variances
     assert np.isfinite(search(batches).variances).all()
-    assert search(batches[1:]).best == (1e-3, 1.0)
+    nothing = search(batches[1:])
+    assert nothing.best is None
+    assert (nothing.record()["search/low"], "chosen" in nothing.table()) == (None, False)
 
 
 def test_the_first_of_the_smallest_wins():
     intervals = ((1e-3, 1.0), (0.1, 0.6), (0.2, 0.7), (0.3, 0.8))
     result = SearchResult(intervals, (float("nan"), 2.0, 2.0, 3.0), blocks=4, seconds=1.0)
     assert result.record()["search/variance"] == 2.0
-    result = SearchResult(intervals, (3.0, 2.0, 2.0, float("nan")), blocks=4, seconds=1.0)
+    result = SearchResult(intervals, (float("inf"), 2.0, 2.0, float("nan")), blocks=4, seconds=1.0)
     assert result.best == (0.1, 0.6)
     assert result.table().count("<- chosen") == 1
     record = result.record()

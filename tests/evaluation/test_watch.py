@@ -78,6 +78,23 @@ def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
         evaluate_suite(config, workdir, epath.Path(tmp_path / "none"))
 
 
+def test_no_model_is_asked_for_bos_by_the_suite(tiny_config, tmp_path):
+    """Nor one that in training was."""
+    workdir = epath.Path(tmp_path / "run")
+    config = tiny_config("mdlm", **{"noise.ignore_bos": False, "training.num_steps": 1})
+    train(config, workdir)
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "a red cat"}\n' * 40)
+    data = dataclasses.replace(
+        config.data, corpus="lambada", source=str(tmp_path / "lambada_test.jsonl"),
+        tokenizer=str(workdir / "tokenizer"),
+        directory=str(tmp_path / "zeroshot" / "lambada"), insert_special=True, insert_eos=False,
+    )  # fmt: skip
+    prepare(data, config.model.length)
+    (result,) = evaluate_suite(config, workdir, epath.Path(tmp_path / "zeroshot")).values()
+    assert not result.first_counted
+    assert result.tokens == result.sequences * (config.model.length - 1)
+
+
 @pytest.mark.parametrize(
     ("string", "published"),
     [

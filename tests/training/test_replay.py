@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from bd3_jax import cli
-from bd3_jax.checkpoints.orbax import latest_step
+from bd3_jax.checkpoints.orbax import Checkpoints, latest_step
 from bd3_jax.errors import UserError
 from bd3_jax.metrics import read_metrics
 from bd3_jax.training.loop import train
@@ -32,6 +32,23 @@ def test_a_run_that_has_failed_is_not_saved(tiny_config, tmp_path):
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, width=2 * config.model.width))
     with pytest.raises(UserError, match=r"config\.model\.width is .*, but"):
         replay(wider, workdir)
+
+
+def test_a_lower_limit_does_not_stop_what_was_not_stuck(tiny_config, tmp_path, monkeypatch):
+    """Four steps in a row were skipped before the checkpoint; from now on two are the limit."""
+    config, workdir = tiny_config("ar", **{"training.num_steps": 2}), epath.Path(tmp_path / "run")
+    train(config, workdir)
+    restore = Checkpoints.restore
+
+    def after_skips(self, *args):
+        step, state, position = restore(self, *args)
+        return step, dataclasses.replace(state, skipped=state.skipped + 4), position
+
+    monkeypatch.setattr(Checkpoints, "restore", after_skips)
+    train(
+        dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=4, max_skipped=2)), workdir
+    )
+    assert latest_step(workdir) == 4
 
 
 @pytest.mark.slow
