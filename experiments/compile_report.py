@@ -109,17 +109,17 @@ def table(recorded: list[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} | failed: {figures['failure'].splitlines()[-1]} |")
             continue
         report = Report.from_record(figures["report"])
-        times = report.roofline(targets.parse(report.topology).chip)
-        bound = max((seconds for seconds in times.values() if not math.isnan(seconds)), default=math.nan)
-        moved = report.moved_bytes
+        times, moved = report.roofline(targets.parse(report.topology).chip), report.moved_bytes
+        bound = max(times.values()) if moved is not None else math.nan  # without traffic of HBM there is no bound
         cells += ["yes" if report.fits else "NO", "-" if report.needed is None else amount(report.needed)]
         cells += [amount(report.memory["temporaries"]) if report.fits else "-", f"{report.program_flops / 1e12:.2f}"]
         cells += [
             "-" if moved is None else f"{moved / 1e9:.1f}",
             f"{report.cycles / 1e6:.1f}" if report.cycles else "-",
         ]
-        cells += [amount(report.traffic), f"{1e3 * bound:.1f}", f"{times['links'] / bound:.0%}"]
-        cells += [f"{rows * cell['config']['model']['length'] / bound:,.0f}", f"{report.compile_seconds:.0f}"]
+        tokens = rows * cell["config"]["model"]["length"]
+        bounds = [f"{1e3 * bound:.1f}", f"{times['links'] / bound:.0%}", f"{tokens / bound:,.0f}"]
+        cells += [amount(report.traffic), *(["-"] * 3 if moved is None else bounds), f"{report.compile_seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,7 +14,8 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
     - Activations are float32 on CPU, bfloat16 elsewhere.
     - Attention is flash, in tiles of 512, on TPU where the length permits it. Elsewhere, also where a kernel was asked
       for, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of 256 on others.
-    - Layers are unrolled on CPU, whose loops are slow (a scanned body takes 1.6 times as long), and scanned elsewhere.
+    - Layers are unrolled on CPU and scanned elsewhere. (Scanned, a training step on CPU takes about as long, and 0.6 of
+      the memory: experiments/results/step_settings.)
     - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
     """
     on_cpu = platform == "cpu"
@@ -35,7 +36,7 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
 def flat_products(platform: str) -> bool:
     """Whether products over several axes are computed as those of plain matrices.
 
-    On CPU their gradients are faster. On TPU an array is copied whenever heads become one axis or separate ones: by its
-    compiler's estimates a training step then takes a sixth longer.
+    On CPU their gradients are faster. On TPU an array is copied whenever heads become one axis or separate ones, which
+    by its compiler's estimates costs more.
     """
     return platform != "tpu"
