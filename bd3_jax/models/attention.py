@@ -10,8 +10,8 @@
 
 On TPU flash.py computes those of the network's passes where it can, rotation included, on operands of its own.
 
-Operands here are `[b, h, L, head_dim]`, in which products on CPU are faster than in `[b, L, h, head_dim]`. Softmax is in
-float32.
+Operands here are `[b, h, L, head_dim]`, in which products on CPU are faster than in `[b, L, h, head_dim]`. Softmax is
+in float32.
 """
 
 import functools
