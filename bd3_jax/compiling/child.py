@@ -48,7 +48,7 @@ def compile_program(config: Config, target: targets.Target, mode: str, vocab_siz
         if program.calls:
             moved_bytes = traffic.moved(text, turns)
             call_bytes = moved_bytes / program.calls.number
-        elif chip.platform == "tpu":
+        elif chip.platform != "cpu":
             moved_bytes = traffic.moved(text, turns)
         memory["temporaries"] = stats.temp_size_in_bytes
         memory["batch and results"] = (
