@@ -34,7 +34,7 @@ class Report:
         `programs.Program`.
       compiler_flops: as the compiler counts; bodies of loops once. None where it counts none.
       compiler_bytes: moved, on the chip too; see `compiler_flops`.
-      moved_bytes: to and from HBM, loops included, read off the program; of train and eval for TPUs and GPUs, else None.
+      moved_bytes: to and from HBM, loops included, read off the program; of train and eval, not for CPUs, else None.
       compiler_seconds: the compiler's own estimate, where it has one.
       cycles: the TPU compiler's estimate over its fusions, loops included; kernels have none.
       collectives: in the order of their traffic.

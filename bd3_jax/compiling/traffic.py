@@ -1,8 +1,8 @@
 """Bytes that a compiled program moves to and from HBM, read off its text.
 
 The compiler's own count has the bodies of loops once, and counts what stays on the chip. Here loops count as often as
-they turn, and arrays that a TPU's compiler has put into on-chip memory, S(1) in their layouts, not at all. That of a GPU
-plans no such memory: what its caches hold counts as moved.
+they turn, and arrays that a TPU's compiler has put into on-chip memory, S(1) in their layouts, not at all. That of a
+GPU plans no such memory: what its caches hold counts as moved.
 """
 
 import re
