@@ -14,6 +14,7 @@ from etils import epath
 from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
+from bd3_jax.folders import write_text
 from bd3_jax.metrics import read_all, read_records
 
 Series = list[tuple[float, float]]
@@ -42,7 +43,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     """Writes WORKDIR/report.html from the run's files and returns its path.
 
     Raises:
-      UserError: when the folder does not hold the files of a run.
+      UserError: when the folder does not hold the files of a run, or cannot be written.
     """
     metrics = read_all(workdir)
     if not metrics:
@@ -54,7 +55,7 @@ def write_report(workdir: epath.Path) -> epath.Path:
     samples = samples or [{"text": text} for text in _last(metrics, "samples/text") or []]
     page = _page(workdir.resolve().name, config, metrics, samples)
     path = workdir / "report.html"
-    path.write_text(page)
+    write_text(path, page)
     return path
 
 

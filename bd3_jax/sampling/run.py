@@ -16,7 +16,7 @@ from bd3_jax.config import Config, SamplingConfig
 from bd3_jax.data.tokenizers import FILE_NAME as TOKENIZER_FILE
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.folders import append_text, free_path, require_writable, writing
+from bd3_jax.folders import append_text, free_path, require_writable, write_text, writing
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling import statistics
 from bd3_jax.sampling.drawing import Drawn, draw
@@ -141,8 +141,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     if first:
         print(summary(samples))
         if trace:
-            with writing(workdir / TRACE_FILE):
-                (workdir / TRACE_FILE).write_text(page(f"{workdir.resolve().name}: {c.sampler}", traces))
+            write_text(workdir / TRACE_FILE, page(f"{workdir.resolve().name}: {c.sampler}", traces))
             print(f"trace in {workdir / TRACE_FILE}")
         print(f"{len(samples)} samples in {path}" + (f"; earlier ones are now in {kept}" if kept else ""))
     return [dataclasses.asdict(sample) for sample in samples]

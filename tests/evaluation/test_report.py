@@ -102,6 +102,16 @@ def test_lengths_are_drawn_where_they_differ(run: Path) -> None:
     assert "Samples at least so long, %, by tokens last 25" in page.text
 
 
+def test_a_page_is_replaced_when_it_is_complete(run: Path) -> None:
+    """Whoever reads the old one reads on in it."""
+    (run / "report.html").write_text("of before")
+    with (run / "report.html").open() as before:
+        write_report(epath.Path(run))
+        assert before.read() == "of before"
+    assert "a run: bd3lm" in (run / "report.html").read_text(encoding="utf-8")
+    assert not list(run.glob("*.tmp"))
+
+
 def test_half_written_last_line_is_left_out(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 200, "train/lo')

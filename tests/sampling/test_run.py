@@ -123,7 +123,10 @@ def test_trace_and_watch_change_no_token(run, capsys):
     config, workdir = run
     plain = [drawn["tokens"] for drawn in sample(config, workdir)]
     capsys.readouterr()
-    seen = [drawn["tokens"] for drawn in sample(config, workdir, trace=True, watch=True)]
+    (workdir / "trace.html").write_text("of before")
+    with (workdir / "trace.html").open() as before:
+        seen = [drawn["tokens"] for drawn in sample(config, workdir, trace=True, watch=True)]
+        assert before.read() == "of before"  # the file is another, complete when it has the name
     assert seen == plain
     printed = capsys.readouterr().out
     assert f"trace in {workdir / 'trace.html'}" in printed
