@@ -56,7 +56,7 @@ def convert(
             write_published(temporary, loaded.architecture, jax.device_get(loaded.params))
             if loaded.tokenizer:
                 loaded.tokenizer.save(temporary)
-        (temporary / "README.md").write_text(model_card(loaded, target.name, weights), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(loaded, target.name), encoding="utf-8")
         temporary.rename(target)
     except BaseException:
         temporary.rmtree()

@@ -67,6 +67,17 @@ def read_all(workdir: epath.Path) -> list[Record]:
     return sorted(records, key=lambda record: record["step"])
 
 
+def weights_of(record: Record) -> str:
+    """Which weights an evaluation is of: ema or raw. Records of before do not say it, and count as ema."""
+    return record.get("eval/weights", "ema")
+
+
+def kind(record: Record) -> tuple[Any, ...]:
+    """What an evaluation is of, and how it was done: figures are compared where this is the same."""
+    names = ("split", "sequences", "insert_special", "insert_eos", "estimator")
+    return weights_of(record), *(record.get(f"eval/{name}") for name in names)
+
+
 def to_json(record: Record) -> str:
     """A line of such a file. A number that is not finite becomes null, at any depth, since JSON has none."""
 

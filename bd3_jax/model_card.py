@@ -3,9 +3,10 @@
 from etils import epath
 
 from bd3_jax.checkpoints.published import TOKENIZERS
+from bd3_jax.checkpoints.source import Weights
 from bd3_jax.data.manifest import load_manifest
 from bd3_jax.errors import UserError
-from bd3_jax.metrics import read_all
+from bd3_jax.metrics import read_all, weights_of
 from bd3_jax.pretrained import Pretrained
 
 _UNKNOWN = "not stated by the source"
@@ -23,14 +24,8 @@ _PERPLEXITY = {
 }
 
 
-def model_card(loaded: Pretrained, name: str, weights: str) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads.
-
-    Args:
-      loaded: the model.
-      name: its title.
-      weights: ema or raw.
-    """
+def model_card(loaded: Pretrained, name: str) -> str:
+    """Markdown under the title `name`, with the front matter that the Hugging Face hub reads."""
     a = loaded.architecture
     searched = a.searched and (loaded.run is None or loaded.config.search.enabled)
     facts = {
@@ -44,7 +39,7 @@ def model_card(loaded: Pretrained, name: str, weights: str) -> str:
         "noise": f"{a.schedule}, t in [{a.low}, {a.high}]"
         + (" (searched)" if searched else "")
         + f"; position 0 is {'never' if a.ignore_bos else 'also'} masked",
-        "weights": "exponential moving average" if weights == "ema" else "raw, not averaged",
+        "weights": "exponential moving average" if loaded.weights == "ema" else "raw, not averaged",
         "source": f"`{loaded.source}`",
         **_training(loaded),
     }
@@ -100,7 +95,7 @@ def _training(loaded: Pretrained) -> dict[str, str]:
         f"{'BOS and EOS around every row' if data.insert_special else 'none around rows'}",
         "training corpus": data.corpus + _licence(loaded.run),
         "training steps": steps,
-        "evaluation": _evaluation(loaded.run),
+        "evaluation": _evaluation(loaded.run, loaded.weights),
     }
 
 
@@ -113,10 +108,11 @@ def _licence(workdir: epath.Path) -> str:
     return f"; licence of the text: {licence}"
 
 
-def _evaluation(workdir: epath.Path) -> str:
-    """The evaluations after the last step that was evaluated: the newest of each split and estimator."""
+def _evaluation(workdir: epath.Path, weights: Weights) -> str:
+    """Those weights' evaluations after the last step at which there are any: the newest of each split and estimator."""
     try:
         records = [record for record in read_all(workdir) if "eval/perplexity" in record]
+        records = [record for record in records if weights_of(record) == weights]
         records = [record for record in records if record["step"] == records[-1]["step"]]
         newest = {(record["eval/split"], record["eval/estimator"]): record for record in records}
         return "; ".join(

@@ -40,6 +40,7 @@ class Pretrained:
       config: complete settings; evaluation and sampling take their defaults from here.
       model: the objective bound to the network.
       params: float32, on the default device.
+      weights: which they are, ema or raw.
       tokenizer: None if none could be had: everything but texts works without.
       run: the workdir, if it is one of ours.
       step: updates done in training; None if the source does not say.
@@ -51,6 +52,7 @@ class Pretrained:
     config: Config
     model: LanguageModel
     params: Params = dataclasses.field(repr=False)
+    weights: Weights
     tokenizer: Tokenizer | None = dataclasses.field(repr=False)
     run: epath.Path | None = None
     step: int | None = None
@@ -181,7 +183,7 @@ class Pretrained:
             raise UserError("rows have 1 token, whose loss does not count; allowed: 2 or more")
         losses = sequence_losses(model, self.params, batches(rows, c.batch_size), c)
         return Result.of(
-            model, losses, rows.shape[1], c.estimator, c.batch_size,
+            model, losses, rows.shape[1], dataclasses.replace(c, weights=self.weights),
             split="given", insert_special=False, insert_eos=are_texts,
         )  # fmt: skip
 
@@ -316,7 +318,7 @@ def load_pretrained(
     everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = network.abstract_params()
     params = opened.load(abstract, jax.tree.map(lambda _: everywhere, abstract))
-    return Pretrained(str(source), architecture, config, model, params, found, opened.run, opened.step, reason)
+    return Pretrained(str(source), architecture, config, model, params, weights, found, opened.run, opened.step, reason)
 
 
 def stream(model: Pretrained, prompt: str | Sequence[int] = "", **settings: Any) -> Iterator[str]:

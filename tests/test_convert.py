@@ -114,7 +114,8 @@ def run(tiny_config, tmp_path_factory) -> Path:
         {"step": 1000, **record, "eval/perplexity": 99.0},
         {"step": 1234, **record, "eval/estimator": "low_variance", "eval/perplexity": 98.0},
         {"step": 1234, **record, "eval/estimator": "low_variance", "eval/perplexity": 30.25},
-        {"step": 1234, **record},
+        {"step": 1234, **record, "eval/weights": "ema"},
+        {"step": 1234, **record, "eval/weights": "raw", "eval/perplexity": 77.0},
         {"step": 1234, "train/loss": 1},
     ]
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -207,6 +208,15 @@ def test_the_model_card(run, tmp_path):
     ):  # fmt: skip
         assert fact in card, fact
     assert card.startswith("---\nlibrary_name: bd3_jax\n")
+
+
+def test_a_card_has_the_figures_of_the_weights_that_it_comes_with(run, tmp_path):
+    """Records of before, which do not say their weights, are of the average."""
+    for weights, told, not_told in (("raw", ("77.000",), ("30.250", "21.500")), ("ema", ("30.250", "21.500"), ("77",))):
+        convert(str(run), str(tmp_path / weights), weights=weights)
+        card = (tmp_path / weights / "README.md").read_text()
+        assert all(f"perplexity {figure} +- " in card for figure in told)
+        assert not any(f"perplexity {figure}" in card for figure in not_told)
 
 
 def test_a_card_claims_nothing_that_the_source_does_not_say(tmp_path):

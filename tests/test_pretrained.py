@@ -257,6 +257,7 @@ def test_a_workdir(run):
     assert loaded.mask_id == 257
     raw = load_pretrained(str(run), weights="raw")
     np.testing.assert_array_equal(raw.params["embedding"], 2 * np.asarray(loaded.params["embedding"]))
+    assert [model.perplexity("red cat blue dog").weights for model in (loaded, raw)] == ["ema", "raw"]
 
 
 def test_texts(run):

@@ -53,6 +53,9 @@ class Result:
       insert_special: whether rows begin with BOS and end with EOS.
       insert_eos: whether EOS follows every document.
       first_counted: whether the loss of position 0 counts.
+      weights: ema or raw.
+      seed: of the noise, where it is estimated.
+      batch_size: rows that drew their noise together.
       by_position: nats per counted token at each position in a block, or at so many adjacent ones together that there
         are at most `POSITIONS`; empty where a block has one token.
     """
@@ -67,6 +70,9 @@ class Result:
     insert_special: bool
     insert_eos: bool
     first_counted: bool
+    weights: str
+    seed: int
+    batch_size: int
     by_position: tuple[float, ...] = ()  # nan where nothing is counted
 
     @classmethod
@@ -75,17 +81,16 @@ class Result:
         lm: LanguageModel,
         losses: Float[np.ndarray, "n P"],
         length: int,
-        estimator: str,
-        batch_size: int,
+        config: EvalConfig,
         split: str,
         insert_special: bool,
         insert_eos: bool,
     ) -> "Result":
-        """Pools the losses of n sequences of `length` tokens in batches, see `sequence_losses`."""
+        """Pools the losses of n sequences of `length` tokens, obtained with `config`; see `sequence_losses`."""
         counted = np.asarray(lm.counted(length))
         counts = np.full(len(losses), int(counted.sum()))
-        is_drawn = not lm.is_exact and estimator not in ORDERS
-        nll, error = pool(losses.sum(1), counts, batch_size if is_drawn else 1)
+        is_drawn = not lm.is_exact and config.estimator not in ORDERS
+        nll, error = pool(losses.sum(1), counts, config.batch_size if is_drawn else 1)
         groups = losses.shape[1]
         at_positions = counted.reshape(-1, groups, lm.block_size // groups).sum((0, 2)) * len(losses)
         means = np.where(at_positions, losses.sum(0) / np.maximum(at_positions, 1), math.nan)
@@ -95,11 +100,14 @@ class Result:
             tokens=int(counts.sum()),
             sequences=len(losses),
             nonfinite=int((~np.isfinite(losses)).any(1).sum()),
-            estimator="exact" if lm.is_exact else estimator,
+            estimator="exact" if lm.is_exact else config.estimator,
             split=split,
             insert_special=insert_special,
             insert_eos=insert_eos,
             first_counted=bool(counted[0]),
+            weights=config.weights,
+            seed=config.seed,
+            batch_size=config.batch_size,
             by_position=tuple(means.tolist()) if groups > 1 else (),
         )
 
@@ -206,7 +214,7 @@ def evaluate_params(
       lm: the model that `params` belong to.
       params: on one device or sharded over a mesh.
       dataset: an opened split.
-      config: estimator, seed and batch size.
+      config: estimator, seed and batch size; and which weights `params` are.
       num_batches: 0 for the whole split.
       sharding: of the batches `[b, L]`, where params are spread over a mesh.
       progress: whether to show a bar.
@@ -229,8 +237,7 @@ def evaluate_params(
         lm,
         losses,
         lm.length,
-        config.estimator,
-        config.batch_size,
+        config,
         split=dataset.split,
         insert_special=dataset.settings.insert_special,
         insert_eos=dataset.settings.insert_eos,

@@ -15,7 +15,7 @@ from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 from bd3_jax.folders import write_text
-from bd3_jax.metrics import read_all, read_records
+from bd3_jax.metrics import kind, read_all, read_records
 
 Series = list[tuple[float, float]]
 
@@ -66,12 +66,8 @@ def series(metrics: list[dict[str, Any]], name: str) -> Series:
 
 
 def comparable(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the evaluations of other rows, or by another estimator, than the first: they belong to another curve."""
+    """Without the evaluations of another kind than the first: they belong to another curve."""
     evaluations = [record for record in metrics if "eval/split" in record]
-
-    def kind(record: dict[str, Any]) -> list[Any]:
-        return [record.get(f"eval/{name}") for name in ("split", "sequences", "estimator")]
-
     return [record for record in metrics if "eval/split" not in record or kind(record) == kind(evaluations[0])]
 
 

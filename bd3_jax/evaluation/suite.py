@@ -77,7 +77,8 @@ def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> d
     }
     if first:
         print(table(config, workdir.name, results))
-        record: dict[str, Any] = {"step": run.step}
+        how, names = next(iter(results.values())), ("estimator", "weights", "seed", "batch_size")
+        record: dict[str, Any] = {"step": run.step, **{f"zeroshot/{name}": getattr(how, name) for name in names}}
         for corpus, result in results.items():
             for name in ("nll", "standard_error", "perplexity", "tokens"):
                 record[f"zeroshot/{corpus}/{name}"] = getattr(result, name)

@@ -60,6 +60,7 @@ class Validator:
 
     def __init__(self, model: LanguageModel, config: Config, mesh: Mesh, rows: Dataset | Stream):
         self._model, self._config, self._rows = model, config, rows
+        self._eval = dataclasses.replace(config.eval, weights="ema")  # whatever `bd3 eval` is to take
         self._split = sharding.batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
 
     def __call__(self, state: TrainState, step: int, stop: StopSignals) -> Validation:
@@ -69,7 +70,7 @@ class Validator:
             evaluate_params(
                 self._model, state.ema, self._rows, settings, settings.num_batches, self._split, watch=stop.checked
             )
-            for settings in estimates(self._model, c.eval)
+            for settings in estimates(self._model, self._eval)
         )
         if c.search.enabled:
             search = search_interval(

@@ -156,7 +156,7 @@ def test_standard_error_is_that_of_repeated_samples():
 
     pooled = np.array([perplexity.pool(*draw()) for _ in range(2000)])
     assert pooled[:, 0].std() == pytest.approx(pooled[:, 1].mean(), rel=0.05)
-    result = perplexity.Result(2.0, 0.01, 1, 1, 0, "exact", "test", False, True, False)
+    result = perplexity.Result(2.0, 0.01, 1, 1, 0, "exact", "test", False, True, False, "ema", 0, 8)
     assert result.perplexity_standard_error == pytest.approx(
         np.exp(pooled[:, 0]).std() * 0.01 / pooled[:, 0].std(), rel=0.05
     )
@@ -193,7 +193,7 @@ def test_one_sequence_has_no_standard_error():
 
 
 def test_table_and_record_say_how_the_figure_came_about():
-    result = perplexity.Result(2.0, 0.01, 1100, 100, 0, "low_variance", "test", False, True, False)
+    result = perplexity.Result(2.0, 0.01, 1100, 100, 0, "low_variance", "test", False, True, False, "raw", 3, 8)
     table = result.table()
     for part in ("2.0000 +- 0.0100", "2.8854", "7.389 +- 0.074", "1,100 in 100 rows of the test split"):
         assert part in table
@@ -209,7 +209,7 @@ def test_table_and_record_say_how_the_figure_came_about():
 def test_losses_that_are_not_finite_are_counted(toy_lm, wrong, figure):
     """The third is finite, and its perplexity is not."""
     losses = np.array([[1.0], [wrong], [2.0]])
-    result = perplexity.Result.of(toy_lm("ar"), losses, 12, "monte_carlo", 4, "test", False, True)
+    result = perplexity.Result.of(toy_lm("ar"), losses, 12, settings(), "test", False, True)
     assert result.nonfinite == int(not math.isfinite(wrong))
     assert figure(result.perplexity)
     assert "perplexity" in result.table()
@@ -225,6 +225,27 @@ def test_diverged_weights_are_told(tiny_config, tmp_path, capsys):
     assert record["eval/nonfinite"] == record["eval/sequences"]
     assert f"warning: the loss of {record['eval/sequences']} of" in capsys.readouterr().err
     assert json.loads((tmp_path / "evaluations.jsonl").read_text())["eval/nll"] is None
+
+
+def test_a_record_says_what_is_needed_to_obtain_it_again(tiny_config, random_params, tmp_path):
+    """Weights, seed and batch size, each of which gives another figure."""
+    config, workdir = tiny_config("bd3lm,block_size=4"), epath.Path(tmp_path)
+    lm = LanguageModel.from_config(config, bytes_tokenizer().ids)
+    run_folder.write_config(config, workdir)
+    weights = {name: random_params(lm, seed) for seed, name in enumerate(("ema", "params"))}
+    checkpoints = orbax.Checkpoints(workdir, keep=1)
+    checkpoints.save(3, weights | {"low": np.float32(1e-3), "high": np.float32(1)}, {})
+    checkpoints.close()
+
+    def nll(**how):
+        return perplexity.evaluate(dataclasses.replace(config, eval=settings(**how)), workdir)["eval/nll"]
+
+    first = nll(weights="raw", seed=5, batch_size=2)
+    record = json.loads((workdir / "evaluations.jsonl").read_text())
+    how = {name: record[f"eval/{name}"] for name in ("weights", "seed", "batch_size", "estimator", "split")}
+    assert nll(**how) == first
+    others = [nll(**how | other) for other in ({"weights": "ema"}, {"seed": 6}, {"batch_size": 4})]
+    assert len({first, *others}) == 4
 
 
 def test_the_seed_is_told_where_noise_is_drawn(tiny_config, tmp_path, capsys):

@@ -135,6 +135,18 @@ def test_other_evaluations_belong_to_another_curve() -> None:
     assert series(comparable(records), "eval/nll") == [(0, 1.0)]
 
 
+@pytest.mark.parametrize("name", ["insert_special", "insert_eos", "weights", "sequences", "estimator", "split"])
+def test_what_makes_an_evaluation_another(name: str) -> None:
+    first = {"eval/split": "validation", "eval/insert_special": False, "eval/insert_eos": True}
+    records = [{"step": 0, **first}, {"step": 1, **first, f"eval/{name}": "other"}, {"step": 2, **first}]
+    assert comparable(records) == [records[0], records[2]]
+
+
+def test_evaluations_that_do_not_say_their_weights_are_of_the_average() -> None:
+    records = [{"step": n, "eval/split": "validation", **more} for n, more in enumerate(({}, {"eval/weights": "ema"}))]
+    assert comparable(records) == records
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 1e6), (1e-9, 2e-9), (6.2, 6.9), (0, 2400)])
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     ticks = _ticks(low, high)

@@ -73,7 +73,10 @@ def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{direct['eval/perplexity']:.2f}" in out
     assert "not prepared: ptb, wikitext103, lm1b, ag_news, pubmed_papers, arxiv_papers" in out
-    assert read_metrics(workdir, "evaluations.jsonl")[-2]["zeroshot/lambada/nll"] == direct["eval/nll"]
+    record = read_metrics(workdir, "evaluations.jsonl")[-2]
+    assert record["zeroshot/lambada/nll"] == direct["eval/nll"]
+    for name in ("estimator", "weights", "seed", "batch_size"):
+        assert record[f"zeroshot/{name}"] == direct[f"eval/{name}"]
     with pytest.raises(UserError, match=r"--suite_data is .*none'; allowed: a folder with one of ptb, wikitext103"):
         evaluate_suite(config, workdir, epath.Path(tmp_path / "none"))
 
@@ -106,6 +109,6 @@ def test_no_model_is_asked_for_bos_by_the_suite(tiny_config, tmp_path):
     ],
 )
 def test_the_published_row_is_that_of_the_model(string, published):
-    result = Result(4.0, 0.01, 100, 10, 0, "low_variance", "validation", True, False, False)
+    result = Result(4.0, 0.01, 100, 10, 0, "low_variance", "validation", True, False, False, "ema", 0, 8)
     lines = table(from_config_dict(base.get_config(string)), "mine", {"ptb": result}).splitlines()
     assert [line.split()[-7] for line in lines[1:4]] == ["54.60", "0.55", published]

@@ -29,7 +29,7 @@ EVERY = {"training.log_every": 2, "training.eval_every": 4, "training.checkpoint
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    config = tiny_config("bd3lm,block_size=4", **EVERY)
+    config = tiny_config("bd3lm,block_size=4", **EVERY, **{"eval.weights": "raw"})
     train(config, workdir)
     return config, workdir
 
@@ -55,6 +55,8 @@ def test_what_a_run_leaves(uninterrupted):
     # Warm-up: update n of 4 has (n - 1)/4 of the rate.
     assert [found[step, "train/learning_rate"] for step in (2, 4, 6)] == pytest.approx([0.25e-3, 0.75e-3, 1e-3])
     assert found[0, "eval/nll"] > found[6, "eval/nll"]
+    assert {found[step, "eval/weights"] for step in (0, 4, 6)} == {"ema"}  # raw is what bd3 eval is to take
+    assert (found[6, "eval/seed"], found[6, "eval/batch_size"]) == (config.eval.seed, config.eval.batch_size)
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(config.to_dict()))
     assert (workdir / "tokenizer" / "tokenizer.json").exists()
     assert (workdir / "manifest.json").exists()
