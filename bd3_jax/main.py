@@ -3,7 +3,7 @@
 bd3 train|eval|sample --config=FILE.py[:STRING] --workdir=DIR [--config.GROUP.NAME=VALUE ...]
 python -m bd3_jax.main --mode=train|eval|sample (the same flags)
 
-bd3 eval --watch               evaluates every checkpoint that the run saves, until its last
+bd3 eval --watch               evaluates every checkpoint that the run saves, until its last; in one process
 bd3 eval --suite=zeroshot      evaluates the newest on every corpus of the paper's table 5 that is prepared as
                                --suite_data/CORPUS, and prints the published row beside it
 

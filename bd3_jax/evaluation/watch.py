@@ -2,6 +2,7 @@
 
 import time
 
+import jax
 from etils import epath
 
 from bd3_jax.checkpoints import orbax
@@ -9,14 +10,14 @@ from bd3_jax.checkpoints.run_folder import read_config
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import evaluate
-from bd3_jax.metrics import EVALUATIONS, read_metrics
+from bd3_jax.metrics import EVALUATIONS, Record, read_metrics, weights_of
 
 
 def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
-    """Evaluates every checkpoint that it finds, the earliest first, until that of the run's last step is done.
+    """Evaluates every checkpoint that it finds, the earliest first, until none waits and the run's last step is done.
 
-    Records go to WORKDIR/evaluations.jsonl; steps that stand there with this split are left out. A checkpoint that the
-    run removes before its turn, or meanwhile, is passed over.
+    Records go to WORKDIR/evaluations.jsonl; steps that stand there with these settings are left out. A checkpoint that
+    the run removes before its turn, or meanwhile, is passed over.
 
     Args:
       config: settings of the run, and how to evaluate.
@@ -24,13 +25,15 @@ def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
       seconds: between looks for new ones.
 
     Raises:
-      UserError: as `evaluate` does.
+      UserError: as `evaluate` does; or for several processes, of which some might still read a checkpoint that others
+        find removed.
     """
-    records = read_metrics(workdir, EVALUATIONS)
-    done = {record["step"] for record in records if record.get("eval/split") == config.eval.split}
+    if (processes := jax.process_count()) > 1:
+        raise UserError(f"--watch is given to {processes} processes; allowed: one, or bd3 eval --step=N in all")
+    done = {record["step"] for record in read_metrics(workdir, EVALUATIONS) if _is_done_so(record, config)}
     last = read_config(workdir).training.num_steps
-    while last not in done:
-        if not (waiting := [step for step in orbax.steps(workdir) if step not in done]):
+    while (waiting := [step for step in orbax.steps(workdir) if step not in done]) or last not in done:
+        if not waiting:
             time.sleep(seconds)
             continue
         try:
@@ -40,3 +43,21 @@ def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
                 raise
             print(f"checkpoint {waiting[0]} of {workdir} was removed before it was evaluated")
         done.add(waiting[0])
+    print(f"every checkpoint of {workdir} is evaluated")
+
+
+def _is_done_so(record: Record, config: Config) -> bool:
+    """Whether it is an evaluation with these settings. Records of before say no seed, and count as of this one."""
+    e, data = config.eval, config.data
+    plain = e.without_special == "always"
+    wanted = {
+        "split": e.split,
+        "insert_special": data.insert_special and not plain,
+        "insert_eos": data.insert_eos and not plain,
+    }
+    return (
+        all(record.get(f"eval/{name}") == value for name, value in wanted.items())
+        and record.get("eval/estimator") in ("exact", e.estimator)
+        and weights_of(record) == e.weights
+        and record.get("eval/seed", e.seed) == e.seed
+    )

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from etils import epath
 
+from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.data.prepare import prepare
@@ -50,6 +52,59 @@ def test_it_waits_for_the_last_and_passes_over_what_was_removed(run, monkeypatch
     watch(config, workdir, seconds=7)
     assert waits == [7]
     assert [record["step"] for record in read_metrics(workdir, "evaluations.jsonl")] == [4, 4]
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Steps that are evaluated, without doing it."""
+    steps = []
+    monkeypatch.setattr(module, "evaluate", lambda config, workdir, step: steps.append(step))
+    return steps
+
+
+RECORD = {
+    "step": 4, "eval/split": "validation", "eval/estimator": "low_variance", "eval/weights": "ema", "eval/seed": 0,
+    "eval/insert_special": False, "eval/insert_eos": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def waiting(tiny_config, tmp_path):
+    """A run of 4 steps with checkpoints 2 and 4, as far as is looked at; records go to its evaluations."""
+    config = tiny_config("bd3lm,block_size=4", **{"training.num_steps": 4, "eval.estimator": "low_variance"})
+    workdir = epath.Path(tmp_path)
+    run_folder.write_config(config, workdir)
+    for step in (2, 4):
+        orbax.save_params(workdir, step, {"x": np.zeros(2)}, 0.0, 1.0)
+    return config, workdir
+
+
+def test_what_waits_is_evaluated_though_the_last_is_done(waiting, evaluated):
+    config, workdir = waiting
+    append_metrics(workdir, RECORD, "evaluations.jsonl")
+    watch(config, workdir)
+    assert evaluated == [2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weights": "raw"}, {"seed": 1}, {"estimator": "monte_carlo"}, {"without_special": "always"}, {"split": "train"}],
+)
+def test_an_evaluation_with_other_settings_does_not_count(waiting, evaluated, changes):
+    config, workdir = waiting
+    for step in (2, 4):
+        append_metrics(workdir, RECORD | {"step": step}, "evaluations.jsonl")
+    watch(config, workdir)
+    assert evaluated == []
+    watch(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes)), workdir)
+    assert evaluated == [2, 4]
+
+
+def test_several_processes_are_refused(waiting, evaluated, monkeypatch):
+    monkeypatch.setattr(module.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="--watch is given to 2 processes; allowed: one, or bd3 eval --step=N in all"):
+        watch(*waiting)
+    assert evaluated == []
 
 
 def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
