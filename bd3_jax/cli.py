@@ -121,9 +121,9 @@ def parity(argv: Sequence[str]) -> None:
 def convert(argv: Sequence[str]) -> None:
     """Writes a checkpoint in the authors' layout, or in ours.
 
-    bd3 convert SOURCE DEST [--weights=ema|raw] [--format=pytorch|bd3] [--tokenizer=NAME_OR_PATH]
+    bd3 convert SOURCE DEST [--weights=ema|raw] [--step=N] [--format=pytorch|bd3] [--tokenizer=NAME_OR_PATH]
 
-    SOURCE  a workdir, a folder or file of the authors' layout, or a hub id
+    SOURCE  a workdir (its newest checkpoint, or that of --step), a folder or file of the authors' layout, or a hub id
     DEST    a folder that does not exist yet: model.safetensors and config.json (pytorch, on a local disk), or a workdir
             that eval and sample take and training starts from with --config.init_from=DEST (bd3); with a model card
     """
@@ -131,12 +131,13 @@ def convert(argv: Sequence[str]) -> None:
     flags.DEFINE_enum("weights", "ema", ("ema", "raw"), "which weights of SOURCE", flag_values=values)
     flags.DEFINE_enum("format", "pytorch", ("pytorch", "bd3"), "layout of DEST", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "what SOURCE was trained with, if it does not say", flag_values=values)
+    flags.DEFINE_integer("step", None, "of the checkpoint of SOURCE", lower_bound=0, flag_values=values)
     paths = command_line.positional(argv, values, usage=convert.__doc__ or "")
     if len(paths) != 2:
         raise UserError(f"bd3 convert takes SOURCE and DEST, found {' '.join(paths) or 'nothing'}")
     from bd3_jax.convert import convert as write
 
-    options = {name: values[name].value for name in ("weights", "format", "tokenizer")}
+    options = {name: values[name].value for name in ("weights", "format", "tokenizer", "step")}
     print(f"written to {write(*paths, **options)}")
 
 
@@ -191,7 +192,7 @@ def lm_eval(argv: Sequence[str]) -> None:
 
     SOURCE     a workdir, a folder or file of the authors' layout, or a hub id
     NAME       estimator: low_variance, monte_carlo, left_to_right, most_confident; draws: of the noise for each text;
-               seed; objective, block_size, tokenizer, revision, weights: as in bd3_jax.load_pretrained
+               seed; objective, block_size, tokenizer, revision, weights, step: as in bd3_jax.load_pretrained
     ARGS       of lm_eval run, as --include_path, --batch_size, --output_path; bd3 lm_eval run --help tells all
     """
     if not argv or argv[0] in ("--help", "-h"):

@@ -25,6 +25,7 @@ def convert(
     weights: Weights = "ema",
     format: Format = "pytorch",
     tokenizer: Tokenizer | str | None = None,
+    step: int | None = None,
 ) -> epath.Path:
     """Writes a checkpoint into a folder of its own, with a model card; float32 weights stay the same bit for bit.
 
@@ -35,6 +36,7 @@ def convert(
       format: pytorch: config.json and model.safetensors as the authors publish them. bd3: a workdir to evaluate, to
         sample, and to start training from with `config.init_from`.
       tokenizer: what the source was trained with, if it does not say.
+      step: of the checkpoint of a workdir; None: the newest.
 
     Raises:
       UserError: `dest` exists, or the source cannot be loaded or not be written there in that format.
@@ -46,7 +48,7 @@ def convert(
         raise UserError(f"format is {format!r}; allowed: pytorch, bd3")
     if format == "pytorch" and in_bucket(target):
         raise UserError(f"DEST is {dest!r}; allowed for format = pytorch: a local folder; copy it into the bucket then")
-    loaded = load_pretrained(source, weights=weights, tokenizer=tokenizer)
+    loaded = load_pretrained(source, weights=weights, tokenizer=tokenizer, step=step)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     try:

@@ -78,13 +78,13 @@ class HarnessModel(TemplateLM):
           batch_size: texts at a time, each with all its draws; or samples.
           device: not used: JAX chooses (JAX_PLATFORMS).
           max_batch_size: not used.
-          **loading: objective, block_size, tokenizer, revision and weights for `load_pretrained`.
+          **loading: objective, block_size, tokenizer, revision, weights and step for `load_pretrained`.
 
         Raises:
           UserError: an argument that is unknown or impossible, or nothing to load.
         """
         super().__init__()
-        names = ("objective", "block_size", "tokenizer", "revision", "weights")
+        names = ("objective", "block_size", "tokenizer", "revision", "weights", "step")
         if unknown := sorted(loading.keys() - names):
             own = ("pretrained", "estimator", "draws", "seed")
             raise UserError(f"unknown argument {unknown[0]!r} in --model_args; allowed: {', '.join((*own, *names))}")

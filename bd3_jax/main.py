@@ -4,11 +4,12 @@ bd3 train|eval|sample --config=FILE.py[:STRING] --workdir=DIR [--config.GROUP.NA
 python -m bd3_jax.main --mode=train|eval|sample (the same flags)
 
 bd3 eval --watch               evaluates every checkpoint that the run saves, until its last; in one process
-bd3 eval --suite=zeroshot      evaluates the newest on every corpus of the paper's table 5 that is prepared as
+bd3 eval --suite=zeroshot      evaluates on every corpus of the paper's table 5 that is prepared as
                                --suite_data/CORPUS, and prints the published row beside it
 
 --config   settings, as in configs/quickstart.py:bd3lm,block_size=8; without it, those in DIR/config.json
 --workdir  folder of the run: checkpoints, metrics, samples
+--step     (eval, sample) of the checkpoint; without it, the newest
 --trace    (sample) also writes DIR/trace.html, which replays how the samples were drawn
 --watch    (sample) shows the samples in the terminal as they fill up, one at a time
 --config.GROUP.NAME=VALUE  overrides one setting; configs/base.py lists them with their meaning
@@ -45,6 +46,7 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     flags.DEFINE_integer("num_processes", None, "how many there are", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which one this is", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("heartbeat_timeout", 100, "seconds", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("step", None, "of the checkpoint", lower_bound=0, flag_values=values)
     flags.DEFINE_boolean("trace", False, "write a replay of the samples", flag_values=values)
     flags.DEFINE_boolean("watch", False, "evaluate every checkpoint, or show samples as they fill", flag_values=values)
     flags.DEFINE_enum("suite", None, ("zeroshot",), "corpora to evaluate on", flag_values=values)
@@ -54,13 +56,13 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
     workdir = reachable(where, "--workdir")
     mode = mode or command_line.required(values, "mode", f"one of {', '.join(MODES)}")
 
-    watched, suite = values["watch"].value, values["suite"].value
-    traced = values["trace"].value
-    for name, allowed in (("trace", ("sample",)), ("watch", ("eval", "sample")), ("suite", ("eval",))):
-        if values[name].value and mode not in allowed:
+    step, traced, watched, suite = (values[name].value for name in ("step", "trace", "watch", "suite"))
+    both = ("eval", "sample")
+    for name, allowed in (("step", both), ("trace", ("sample",)), ("watch", both), ("suite", ("eval",))):
+        if values[name].value != values[name].default and mode not in allowed:
             raise UserError(f"--{name} is for {' and '.join(allowed)}, not for {mode}")
-    if watched and suite:
-        raise UserError("--watch and --suite are both given; allowed: one of them")
+    if mode == "eval" and watched and (suite or step is not None):
+        raise UserError(f"--watch and --{'suite' if suite else 'step'} are both given; allowed: one of them")
 
     # Imported here, so that a mistake is reported at once and before any device is taken.
     from bd3_jax import runtime
@@ -75,7 +77,7 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
         elif mode == "sample":
             from bd3_jax.sampling.run import sample
 
-            sample(config, workdir, trace=traced, watch=watched)
+            sample(config, workdir, step, trace=traced, watch=watched)
         elif watched:
             from bd3_jax.evaluation.watch import watch
 
@@ -83,11 +85,11 @@ def run(argv: Sequence[str], mode: str | None = None) -> None:
         elif suite:
             from bd3_jax.evaluation.suite import evaluate_suite
 
-            evaluate_suite(config, workdir, reachable(values["suite_data"].value, "--suite_data"))
+            evaluate_suite(config, workdir, reachable(values["suite_data"].value, "--suite_data"), step)
         else:
             from bd3_jax.evaluation.perplexity import evaluate
 
-            evaluate(config, workdir)
+            evaluate(config, workdir, step)
 
 
 if __name__ == "__main__":

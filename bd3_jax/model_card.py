@@ -95,7 +95,7 @@ def _training(loaded: Pretrained) -> dict[str, str]:
         f"{'BOS and EOS around every row' if data.insert_special else 'none around rows'}",
         "training corpus": data.corpus + _licence(loaded.run),
         "training steps": steps,
-        "evaluation": _evaluation(loaded.run, loaded.weights),
+        "evaluation": _evaluation(loaded.run, loaded.weights, loaded.step or 0),
     }
 
 
@@ -108,11 +108,11 @@ def _licence(workdir: epath.Path) -> str:
     return f"; licence of the text: {licence}"
 
 
-def _evaluation(workdir: epath.Path, weights: Weights) -> str:
-    """Those weights' evaluations after the last step at which there are any: the newest of each split and estimator."""
+def _evaluation(workdir: epath.Path, weights: Weights, step: int) -> str:
+    """Those weights' evaluations at the last step, up to `step`, that has any: the newest of each split and method."""
     try:
         records = [record for record in read_all(workdir) if "eval/perplexity" in record]
-        records = [record for record in records if weights_of(record) == weights]
+        records = [record for record in records if weights_of(record) == weights and record["step"] <= step]
         records = [record for record in records if record["step"] == records[-1]["step"]]
         newest = {(record["eval/split"], record["eval/estimator"]): record for record in records}
         return "; ".join(

@@ -283,6 +283,7 @@ def load_pretrained(
     revision: str | None = None,
     token: str | bool | None = None,
     weights: Weights = "ema",
+    step: int | None = None,
 ) -> Pretrained:
     """Loads a checkpoint of ours or of the authors. Nothing in it is executed; memory stays near the weights' own size.
 
@@ -296,11 +297,12 @@ def load_pretrained(
       revision: branch, tag or commit of a hub id.
       token: the hub's access token.
       weights: ema or raw; the published ones are the averaged (ema).
+      step: of the checkpoint of a workdir; None: the newest.
 
     Raises:
       UserError: nothing is there, it is damaged or does not fit, or could not be read without executing it.
     """
-    opened = open_source(str(source), weights, revision, token)
+    opened = open_source(str(source), weights, revision, token, step)
     architecture, config = _override(opened, objective, block_size)
     found, reason = _find_tokenizer(opened, tokenizer)
     vocab_size, ids = architecture.vocab_size, architecture.ids

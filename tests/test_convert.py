@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -120,6 +121,27 @@ def run(tiny_config, tmp_path_factory) -> Path:
     ]
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return Path(workdir)
+
+
+def test_the_checkpoint_of_a_step(run, tmp_path, capsys):
+    """With the figures of that step; the newest has others."""
+    workdir, newest = tmp_path / "run", load_pretrained(str(run))
+    shutil.copytree(run, workdir)
+    half = jax.tree.map(lambda p: p / 2, newest.params)
+    checkpoints = orbax.Checkpoints(epath.Path(workdir), keep=2)
+    checkpoints.save(1000, {"ema": half, "low": np.float32(0.001), "high": np.float32(1)}, {})
+    checkpoints.close()
+    assert cli.main(["convert", str(workdir), str(tmp_path / "newest")]) == 0
+    assert cli.main(["convert", str(workdir), str(tmp_path / "early"), "--step=1000"]) == 0
+    equal(load_pretrained(str(tmp_path / "newest")).params, newest.params)
+    equal(load_pretrained(str(tmp_path / "early")).params, half)
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "| training steps | 1,000 of 8 sequences |" in card
+    assert "| evaluation | perplexity 99.000 +- 0.250 (exact) on 999 tokens of the validation split, after 1,00" in card
+    assert "21.500" not in card
+    capsys.readouterr()
+    assert cli.main(["convert", str(workdir), str(tmp_path / "none"), "--step=999"]) == 2
+    assert "run has no checkpoint of step 999; allowed: 1000, 1234\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
@@ -261,6 +283,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
         (["a", "b", "c"], "takes SOURCE and DEST"),
         ([str(GOLDEN / "ar"), "out", "--format=onnx"], "pytorch|bd3"),
         ([str(GOLDEN / "ar"), "out", "--weights=raw"], "holds one set of weights"),
+        ([str(GOLDEN / "ar"), "out", "--step=3"], "ar is no workdir; allowed: none, for it holds one checkpoint"),
         ([str(GOLDEN / "ar"), "out", "--tokenizer=bytes"], "the tokenizer has V = 258"),
         (["nowhere", "out"], "'nowhere' does not exist here and is no hub id"),
     ],

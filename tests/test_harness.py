@@ -178,6 +178,7 @@ def test_mistakes(make, letters):
     for args, message in (
         ({"estimater": "low_variance"}, "unknown argument 'estimater' in --model_args; allowed: pretrained, estimator"),
         ({"estimator": "exact"}, "config.eval.estimator must be one of monte_carlo"),
+        ({"step": 3}, "step is 3, but .*bd3lm_block4 is no workdir"),
         ({"draws": 0}, "draws in --model_args is 0; allowed: 1 or more"),
         ({"batch_size": "auto"}, "--batch_size is 'auto'; allowed: 1 or more"),
     ):

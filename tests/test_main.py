@@ -53,16 +53,23 @@ def test_main_and_bd3_are_the_same_entry(mode, calls):
     assert calls[0] == calls[1]
     name, config, workdir, *named = calls[0]
     assert (name, str(workdir)) == (mode, "run")
-    assert named == ([("trace", False), ("watch", False)] if mode == "sample" else [])
+    assert named == {"train": [], "eval": [None], "sample": [None, ("trace", False), ("watch", False)]}[mode]
     assert isinstance(config, Config)
     assert (config.model.width, config.sampling.prompt, config.block_size) == (64, "a = b", 8)
 
 
 def test_flags_of_sample_alone(calls, capsys):
     assert cli.main(["sample", CONFIG, "--workdir=run", "--trace", "--watch"]) == 0
-    assert calls[0][3:] == (("trace", True), ("watch", True))
+    assert calls[0][3:] == (None, ("trace", True), ("watch", True))
     assert cli.main(["train", CONFIG, "--workdir=run", "--trace"]) == 2
     assert capsys.readouterr().err == "error: --trace is for sample, not for train\n"
+
+
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+@pytest.mark.parametrize("step", [0, 12])
+def test_the_step_of_a_checkpoint(mode, step, calls):
+    assert cli.main([mode, CONFIG, "--workdir=run", f"--step={step}"]) == 0
+    assert calls[0][3] == step
 
 
 def test_prepare_needs_no_workdir(calls):
@@ -158,6 +165,9 @@ MISTAKES = [
     (["train", CONFIG, "--workdir=run", "--watch"], "--watch is for eval and sample, not for train"),
     (["sample", CONFIG, "--workdir=run", "--suite=zeroshot"], "--suite is for eval, not for sample"),
     (["eval", CONFIG, "--workdir=run", "--suite=zeroshot", "--watch"], "--watch and --suite are both given"),
+    (["eval", CONFIG, "--workdir=run", "--step=0", "--watch"], "--watch and --step are both given; allowed: one of"),
+    (["train", CONFIG, "--workdir=run", "--step=0"], "--step is for eval and sample, not for train"),
+    (["eval", CONFIG, "--workdir=run", "--step=-1"], "flag --step=-1"),
     (
         ["train", CONFIG, "--workdir=run", "--num_processes=2"],
         "--coordinator is missing; allowed: --coordinator, --num",

@@ -237,7 +237,7 @@ def restore_params(
     Raises:
       UserError: if there is no checkpoint, or none that can be read, or it is one of another architecture.
     """
-    require_checkpoint(workdir)
+    require_checkpoint(workdir, step)
     run_folder.check_architecture(config, workdir)
     field = "ema" if weights == "ema" else "params"
     steps = _newest_first(workdir) if step is None else [step]
@@ -247,7 +247,7 @@ def restore_params(
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run's newest readable checkpoint says beside its `config.json`.
+    """What a checkpoint says beside the run's `config.json`.
 
     Attributes:
       step: updates done.
@@ -262,10 +262,15 @@ class Summary:
     high: float
 
 
-def summarize(workdir: epath.Path) -> Summary:
-    """Reads no parameter. Raises UserError if there is no checkpoint, or none that can be read."""
-    require_checkpoint(workdir)
-    _, summary = _newest_readable(workdir / FOLDER, _newest_first(workdir), lambda step: _summarize(workdir, step))
+def summarize(workdir: epath.Path, step: int | None = None) -> Summary:
+    """Of the checkpoint of that step, the newest that can be read by default; reads no parameter.
+
+    Raises:
+      UserError: there is no such checkpoint, or none that can be read.
+    """
+    require_checkpoint(workdir, step)
+    steps = _newest_first(workdir) if step is None else [step]
+    _, summary = _newest_readable(workdir / FOLDER, steps, lambda step: _summarize(workdir, step))
     return summary
 
 
@@ -285,12 +290,13 @@ def save_params(workdir: epath.Path, step: int, params: dict[str, Any], low: flo
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
 
 
-def require_checkpoint(workdir: epath.Path) -> int:
-    """Step of the newest complete checkpoint. Raises UserError where there is none."""
-    step = latest_step(workdir)
-    if step is None:
+def require_checkpoint(workdir: epath.Path, step: int | None = None) -> None:
+    """Raises UserError where there is no complete checkpoint, or none of that step."""
+    found = steps(workdir)
+    if not found:
         raise UserError(f"{workdir} has no checkpoint; train one: bd3 train --config=... --workdir={workdir}")
-    return step
+    if step is not None and step not in found:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; allowed: {', '.join(map(str, found))}")
 
 
 def _newest_first(workdir: epath.Path) -> list[int]:

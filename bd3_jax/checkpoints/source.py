@@ -41,18 +41,23 @@ class Source:
 
 
 def open_source(
-    name: str, weights: Weights = "ema", revision: str | None = None, token: str | bool | None = None
+    name: str,
+    weights: Weights = "ema",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    step: int | None = None,
 ) -> Source:
     """Opens a workdir, a folder or file of the authors' layout, or a hub id.
 
     Args:
-      name: a workdir of ours (its newest checkpoint); see `published.open_published` and `published.download`.
+      name: a workdir of ours; see `published.open_published` and `published.download`.
       weights: ema or raw, where the source has both.
       revision: branch, tag or commit of a hub id.
       token: the hub's access token.
+      step: of the checkpoint of a workdir; None: the newest that can be read.
 
     Raises:
-      UserError: nothing is there, or it cannot be reached, or it is damaged.
+      UserError: nothing is there, or no such checkpoint, or it cannot be reached, or it is damaged.
     """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights is {weights!r}; allowed: ema, raw")
@@ -60,7 +65,9 @@ def open_source(
     if not path.exists():
         path = published.download(name, revision, token)
     if _is_run(path):
-        return _open_run(name, path, weights)
+        return _open_run(name, path, weights, step)
+    if step is not None:
+        raise UserError(f"step is {step}, but {name} is no workdir; allowed: none, for it holds one checkpoint")
     opened = published.open_published(path, weights)
 
     def load(abstract_params: Any, shardings: Any) -> Any:
@@ -83,9 +90,9 @@ def _is_run(path: epath.Path) -> bool:
         return False
 
 
-def _open_run(name: str, workdir: epath.Path, weights: Weights) -> Source:
+def _open_run(name: str, workdir: epath.Path, weights: Weights, step: int | None) -> Source:
     config = run_folder.read_config(workdir)
-    summary = orbax.summarize(workdir)
+    summary = orbax.summarize(workdir, step)
     architecture = Architecture.of(config, summary.vocab_size, summary.low, summary.high)
 
     def load(abstract_params: Any, shardings: Any) -> Any:

@@ -33,8 +33,10 @@ PUBLISHED = {
 }
 
 
-def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> dict[str, Result]:
-    """Evaluates the newest checkpoint of a run on every prepared corpus of `ZEROSHOT`; prints and records the table.
+def evaluate_suite(
+    config: Config, workdir: epath.Path, folder: epath.Path, step: int | None = None
+) -> dict[str, Result]:
+    """Evaluates a checkpoint of a run on every prepared corpus of `ZEROSHOT`; prints and records the table.
 
     Rows have BOS and EOS around them and nothing between documents, as in the paper; BOS is given, and not counted, to
     every model. Rows are taken as they are, whatever `eval.without_special` says. The tokenizer is the run's. With
@@ -47,6 +49,7 @@ def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> d
       config: settings of the run, and how to evaluate.
       workdir: the run.
       folder: holds one prepared folder for each corpus, of its name.
+      step: of the checkpoint; the newest by default.
 
     Returns:
       results by corpus.
@@ -69,7 +72,7 @@ def evaluate_suite(config: Config, workdir: epath.Path, folder: epath.Path) -> d
             )  # fmt: skip
             rows[corpus] = open_dataset(data, config.model.length, split)
             check_tokenizer(rows[corpus], workdir)  # by what is in it: another name does not matter
-    run, first = open_run(config, workdir, rows[prepared[0]]), jax.process_index() == 0
+    run, first = open_run(config, workdir, rows[prepared[0]], step), jax.process_index() == 0
     lm = dataclasses.replace(run.lm, noise=dataclasses.replace(run.lm.noise, ignore_bos=True))
     results = {
         corpus: evaluate_params(lm, run.params, dataset, config.eval, sharding=run.split, progress=first)

@@ -87,8 +87,10 @@ class Sample:
         return f"--- sample {self.index}: {figures}{ended}"
 
 
-def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: bool = False) -> list[dict[str, Any]]:
-    """Draws `config.sampling.num_samples` texts from a run's newest checkpoint, prints and writes them.
+def sample(
+    config: Config, workdir: epath.Path, step: int | None = None, *, trace: bool = False, watch: bool = False
+) -> list[dict[str, Any]]:
+    """Draws `config.sampling.num_samples` texts from a checkpoint of a run, prints and writes them.
 
     `WORKDIR/samples.jsonl` always holds the newest samples, one object a line (see `Sample`), written as they are
     drawn. Earlier ones are kept: the file is first renamed to samples-1.jsonl, or to the next free number. Batches and
@@ -97,6 +99,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     Args:
       config: all settings.
       workdir: of the run.
+      step: of the checkpoint; the newest by default.
       trace: also writes `WORKDIR/trace.html`, which replays how the samples were drawn.
       watch: shows the first of the samples drawn at a time in the terminal, as it fills up.
 
@@ -105,7 +108,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     """
     mesh = make_mesh(config.mesh)
     require_writable(workdir, "--workdir")
-    orbax.require_checkpoint(workdir)
+    orbax.require_checkpoint(workdir, step)
     if not (workdir / "tokenizer" / TOKENIZER_FILE).exists():
         raise UserError(
             f"{workdir} has no tokenizer/{TOKENIZER_FILE}, so its samples would have no text; copy there the one that "
@@ -118,7 +121,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     sampler = Sampler.from_config(model, c)
     row = sampler.canvas([given])[0]
     shardings = param_shardings(mesh, model.network)
-    params, step = orbax.restore_params(config, workdir, config.sampling.weights, shardings)
+    params, found = orbax.restore_params(config, workdir, config.sampling.weights, shardings, step)
 
     samples: list[Sample] = []
     path, kept, first = workdir / FILE_NAME, None, jax.process_index() == 0
@@ -128,7 +131,7 @@ def sample(config: Config, workdir: epath.Path, *, trace: bool = False, watch: b
     traces: list[Trace] = []
     with tqdm(total=c.num_samples, unit=" samples", file=sys.stderr, disable=not first or watch) as progress:
         for drawn in draw(sampler, params, row, c.num_samples, together, row_sharding(mesh), watcher):
-            new = Sample.of(drawn, c.seed, step, tokenizer)
+            new = Sample.of(drawn, c.seed, found, tokenizer)
             if trace:
                 traces.append(Trace.of(drawn, sampler.layout, tokenizer))
             if first:

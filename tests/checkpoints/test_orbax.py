@@ -112,6 +112,16 @@ def test_parameters_alone(run, weights, sign):
     equal(params, jax.tree.map(lambda p: sign * p, make(jnp.int32(3)).params))
 
 
+def test_a_checkpoint_by_its_step(run):
+    config, workdir = run
+    params, step = restore_params(config, workdir, "raw", step=2)
+    assert step == 2
+    equal(params, make(jnp.int32(2)).params)
+    for read in (lambda: restore_params(config, workdir, "raw", step=1), lambda: summarize(workdir, 1)):
+        with pytest.raises(UserError, match=r"has no checkpoint of step 1; allowed: 2, 3$"):
+            read()
+
+
 def test_parameters_with_a_sharding(run):
     config, workdir = run
     everywhere = NamedSharding(jax.make_mesh((1,), ("data",)), PartitionSpec())

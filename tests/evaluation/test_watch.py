@@ -132,6 +132,9 @@ def test_a_suite_of_what_is_prepared(run, tmp_path, capsys):
     assert record["zeroshot/lambada/nll"] == direct["eval/nll"]
     for name in ("estimator", "weights", "seed", "batch_size"):
         assert record[f"zeroshot/{name}"] == direct[f"eval/{name}"]
+    early = evaluate_suite(config, workdir, epath.Path(tmp_path / "zeroshot"), step=2)["lambada"]
+    assert read_metrics(workdir, "evaluations.jsonl")[-1]["step"] == 2
+    assert early.nll != results["lambada"].nll
     with pytest.raises(UserError, match=r"--suite_data is .*none'; allowed: a folder with one of ptb, wikitext103"):
         evaluate_suite(config, workdir, epath.Path(tmp_path / "none"))
 

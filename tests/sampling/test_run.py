@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints import orbax, run_folder
+from bd3_jax.data.tokenizers import bytes_tokenizer
 from bd3_jax.errors import UserError
+from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling import run as sampling
 from bd3_jax.sampling.run import sample
 
@@ -139,6 +142,21 @@ def test_weights(run):
     raw = sample(change(config, weights="raw"), workdir)
     ema = sample(config, workdir)
     assert [drawn["tokens"] for drawn in raw] != [drawn["tokens"] for drawn in ema]
+
+
+def test_the_checkpoint_of_a_step(run, tmp_path, random_params):
+    config, workdir = run
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("samples*"))
+    checkpoints = orbax.Checkpoints(tmp_path / "run", keep=2)
+    lm = LanguageModel.from_config(config, bytes_tokenizer().ids)
+    checkpoints.save(2, {"ema": random_params(lm, seed=2), "low": np.float32(0.001), "high": np.float32(1)}, {})
+    checkpoints.close()
+    newest, early = sample(config, tmp_path / "run"), sample(config, tmp_path / "run", 2)
+    assert [{drawn["step"] for drawn in samples} for samples in (newest, early)] == [{5}, {2}]
+    assert newest[0]["tokens"] != early[0]["tokens"]
+    with pytest.raises(UserError, match="run has no checkpoint of step 3; allowed: 2, 5"):
+        sample(config, tmp_path / "run", 3)
+    assert lines(tmp_path / "run" / "samples.jsonl") == early
 
 
 @pytest.mark.parametrize(
