@@ -39,6 +39,7 @@ from bd3_jax.checkpoints import run_folder
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 from bd3_jax.folders import free_path
+from bd3_jax.metrics import Record, kind
 
 State = TypeVar("State")
 T = TypeVar("T")
@@ -68,11 +69,15 @@ sys.unraisablehook = _quiet
 class Checkpoints:
     """The checkpoints of one run, written while training goes on."""
 
-    def __init__(self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0):
-        """Kept are the last `keep`, those of every so many steps, and the `best` with the lowest score; 0: none."""
+    def __init__(
+        self, workdir: epath.Path, keep: int, every: int = 0, best: int = 0, validations: Sequence[Record] = ()
+    ):
+        """Kept are the last `keep`, those of every so many steps, and the `best` with the lowest NLL; 0: none.
+
+        `validations`: the records that say the NLL, as they stand there whenever a checkpoint is saved.
+        """
         folder = workdir.resolve() / FOLDER
-        self._scores = _read_scores(folder)
-        policies: list[PreservationPolicy] = [LatestN(keep), _Best(best, self._scores)]
+        policies: list[PreservationPolicy] = [LatestN(keep), _Best(best, validations)]
         if every:
             policies.append(EveryNSteps(every))
         options = ocp.CheckpointManagerOptions(
@@ -81,17 +86,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        position: dict[str, Any],
-        stream: grain.DatasetIterator | None = None,
-        score: float | None = None,
+        self, step: int, state: Any, position: dict[str, Any], stream: grain.DatasetIterator | None = None
     ) -> None:
         """Copies `state`, a pytree of arrays, to the host and writes it in the background with the JSON `position`.
 
-        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state. `score`:
-        the lower the better; one that is not finite is none.
+        `stream`: what the run reads, if rows are streamed; every host's iterator is saved beside the state.
 
         Raises:
           UserError: the disk is full, or the like; it may be the one before that could not be written.
@@ -101,9 +100,6 @@ class Checkpoints:
             items["stream"] = grain.checkpoint.CheckpointSave(stream)
             position = position | {"hosts": jax.process_count()}
         items["position"] = ocp.args.JsonSave(position)
-        if score is not None and math.isfinite(score):
-            items["score"] = ocp.args.JsonSave({"score": score})
-            self._scores[step] = score
         with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -171,23 +167,22 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class _Best(PreservationPolicy):
-    """Keeps so many with the lowest score."""
+    """Keeps so many with the lowest NLL, of each kind of validation: figures of two kinds are not compared."""
 
     count: int
-    scores: dict[int, float]  # step -> score, of those that have one
+    validations: Sequence[Record]
 
     def should_preserve(
         self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
     ) -> Sequence[bool]:
-        scored = [checkpoint.step for checkpoint in checkpoints if checkpoint.step in self.scores]
-        best = sorted(scored, key=self.scores.__getitem__)[: self.count]
-        return [checkpoint.step in best for checkpoint in checkpoints]
-
-
-def _read_scores(folder: epath.Path) -> dict[int, float]:
-    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
-    found = {step: (_read_json(folder, step, "score") or {}).get("score") for step in steps}
-    return {step: score for step, score in found.items() if isinstance(score, float) and math.isfinite(score)}
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kinds: dict[tuple[Any, ...], dict[int, float]] = {}  # of each, step -> NLL
+        for record in self.validations:
+            nll = record.get("eval/nll")  # in a file null, where it was not finite
+            if record["step"] in steps and isinstance(nll, float) and math.isfinite(nll):
+                kinds.setdefault(kind(record), {})[record["step"]] = nll
+        best = {step for found in kinds.values() for step in sorted(found, key=found.__getitem__)[: self.count]}
+        return [step in best for step in steps]
 
 
 def read_position(workdir: epath.Path, step: int) -> dict[str, Any] | None:
@@ -196,12 +191,9 @@ def read_position(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     Raises:
       UserError: the system would not read it.
     """
-    return _read_json(workdir.resolve() / FOLDER, step, "position")
-
-
-def _read_json(folder: epath.Path, step: int, item: str) -> dict[str, Any] | None:
+    folder = workdir.resolve() / FOLDER
     try:
-        found = json.loads((folder / str(step) / item / "metadata").read_text())
+        found = json.loads((folder / str(step) / "position" / "metadata").read_text())
     except Exception as error:
         _require_damage(error, folder, step)
         return None
@@ -363,8 +355,7 @@ def _system_number(error: BaseException) -> int | None:
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "score")}
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(workdir.resolve() / FOLDER, item_handlers=handlers)
 
 

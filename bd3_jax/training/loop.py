@@ -30,7 +30,7 @@ from bd3_jax.data.streaming import Stream, stream_batches
 from bd3_jax.errors import UserError
 from bd3_jax.folders import alone, require_writable, writing
 from bd3_jax.language_model import LanguageModel
-from bd3_jax.metrics import read_metrics
+from bd3_jax.metrics import Record, read_metrics
 from bd3_jax.training.initial import open_initial
 from bd3_jax.training.logging import MetricLog, require_wandb
 from bd3_jax.training.replay import STATUS, InFlight, Step, save_failed
@@ -117,10 +117,10 @@ def _train(config: Config, workdir: epath.Path) -> None:
             dataset.tokenizer.save(workdir / "tokenizer")
             if isinstance(dataset, Dataset):
                 dataset.manifest.save(workdir)
-    checkpoints = Checkpoints(workdir, training.keep_checkpoints, training.keep_every, training.keep_best)
+    validations: list[Record] = []  # the records of those that are done
+    checkpoints = Checkpoints(workdir, training.keep_checkpoints, training.keep_every, training.keep_best, validations)
     start, rows, measured = 0, 0, -1  # steps done, rows consumed, the last step with all that is done after it
     unrecorded: list[dict[str, Array | float]] = []  # metrics of the steps since the last record
-    score: float | None = None  # NLL of the validation after this step, if there was one
     if initial is not None:
         begin = functools.partial(start_state, program.optimizer, config)
         state = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(initial)
@@ -134,20 +134,21 @@ def _train(config: Config, workdir: epath.Path) -> None:
         state = dataclasses.replace(state, skipped=sharding.place(skipped, state.skipped.sharding))
         start, rows, measured = newest, position["rows"], position["measured"]
         unrecorded = position["unrecorded"]
+        validations += [record for record in _validations(workdir) if record["step"] <= measured]
         _say(f"{workdir}: continues after step {start} of {num_steps}")
     log = MetricLog(workdir, config, start if newest is not None else -1, measured)
 
     # ------------------------------------------------------------------------------- what is done between steps
     def measure(step: int) -> None:
         """Validates, takes the best interval and draws samples, where they are due. Raises Stopped."""
-        nonlocal state, measured, score
+        nonlocal state, measured
         last = step == num_steps
         if step % training.eval_every == 0 or last:
             found = validate(state, step, stop)
+            validations.append({"step": step, **found.record()})
             log.write(step, found.record())
             if host == 0:
                 bar.write(f"step {step}: {found.headline()}")
-            score = found.results[0].nll
             if found.search and found.search.best:
                 state = with_interval(state, found.search.best)
         if draw_samples and step and (step % training.sample_every == 0 or last):
@@ -162,8 +163,8 @@ def _train(config: Config, workdir: epath.Path) -> None:
     def save(step: int) -> None:
         values = [{name: float(value) for name, value in metrics.items()} for metrics in unrecorded]
         position = {"rows": rows, "measured": measured, "unrecorded": values, "parts": parts}
-        checkpoints.save(step, state, position, stream, score)
-        log.upload()
+        log.upload()  # first, for the records say which checkpoints are the best
+        checkpoints.save(step, state, position, stream)
 
     # ---------------------------------------------------------------------------------------------------- loop
     batches = stream
@@ -188,7 +189,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
             if measured < start:
                 measure(start)
             for step in range(start + 1, num_steps + 1):
-                began, score = time.perf_counter(), None
+                began = time.perf_counter()
                 local_rows = next(batches)
                 waited = time.perf_counter() - began
                 profiler.before(step)
@@ -254,8 +255,11 @@ def _say(text: str) -> None:
 def _is_measured(workdir: epath.Path, step: int) -> bool:
     """Whether the validation after the last step is done. One that was stopped is made up for, and only recorded."""
     position = read_position(workdir, step)
-    recorded = (record["step"] for record in read_metrics(workdir) if "eval/split" in record)
-    return position is None or position["measured"] >= step or step in recorded
+    return position is None or position["measured"] >= step or step in (r["step"] for r in _validations(workdir))
+
+
+def _validations(workdir: epath.Path) -> list[Record]:
+    return [record for record in read_metrics(workdir) if "eval/split" in record]
 
 
 def _summary(steps: list[dict[str, Array | float]]) -> dict[str, float]:

@@ -7,7 +7,18 @@ import pytest
 
 from bd3_jax.checkpoints.orbax import Checkpoints, steps
 
-SCORES = {1: 5.0, 2: 2.0, 3: None, 4: 3.0, 5: 2.5, 6: None, 7: 4.0}
+NLLS = {1: 5.0, 2: 2.0, 4: 3.0, 5: 2.5, 7: 4.0}
+
+
+def validation(step, nll, **other):
+    return {"step": step, "eval/split": "validation", "eval/estimator": "exact", "eval/nll": nll, **other}
+
+
+def save(workdir, session, validations, *keep):
+    checkpoints = Checkpoints(workdir, *keep, validations)
+    for step in session:
+        checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step})
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
@@ -21,26 +32,33 @@ SCORES = {1: 5.0, 2: 2.0, 3: None, 4: 3.0, 5: 2.5, 6: None, 7: 4.0}
     ],
 )
 def test_the_last_those_of_every_so_many_steps_and_the_best(tmp_path, keep, every, best, kept):
-    """Over two sessions: the scores of the first are remembered."""
+    """Over two sessions."""
     for session in ((1, 2, 3, 4), (5, 6, 7)):
-        checkpoints = Checkpoints(tmp_path, keep, every, best)
-        for step in session:
-            checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step}, score=SCORES[step])
-        checkpoints.close()
+        save(tmp_path, session, [validation(*pair) for pair in NLLS.items()], keep, every, best)
     assert steps(tmp_path) == kept
 
 
-@pytest.mark.parametrize("content", ["", "{", "[2.0]", '{"score": null}', '{"score": NaN}', '{"score": -Infinity}'])
-def test_a_damaged_score_is_none(tmp_path, content):
-    """The run begins all the same, and that checkpoint is not the best."""
-    scores = {1: 3.0, 2: 2.0, 3: 5.0}
-    checkpoints = Checkpoints(tmp_path, keep=3, best=1)
-    for step, score in scores.items():
-        checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step}, score=score)
+def test_a_validation_may_come_after_the_checkpoint(tmp_path):
+    validations = []
+    checkpoints = Checkpoints(tmp_path, 1, 0, 1, validations)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step})
+        validations.append(validation(step, float(step)))
     checkpoints.close()
-    (tmp_path / "checkpoints" / "2" / "score" / "metadata").write_text(content)
-    checkpoints = Checkpoints(tmp_path, keep=1, best=1)
-    for step, score in {4: math.nan, 5: 4.0}.items():
-        checkpoints.save(step, {"x": jnp.zeros(2)}, {"rows": step}, score=score)
-    checkpoints.close()
-    assert steps(tmp_path) == [1, 5]
+    assert steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize("nll", [None, math.nan, -math.inf, "2.0"])
+def test_what_is_no_nll_is_not_the_best(tmp_path, nll):
+    save(tmp_path, (1, 2, 3), [validation(1, 3.0), validation(2, nll), validation(3, 5.0)], 1, 0, 1)
+    assert steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "change", [{"eval/split": "test"}, {"eval/estimator": "monte_carlo"}, {"eval/sequences": 8}, {"eval/insert_eos": 0}]
+)
+def test_validations_of_two_kinds_are_not_ranked_together(tmp_path, change):
+    """The best of each stays, however their figures compare."""
+    found = [validation(1, 2.0), validation(2, 3.0), validation(3, 8.0, **change), validation(4, 9.0, **change)]
+    save(tmp_path, (1, 2, 3, 4, 5), found, 1, 0, 1)
+    assert steps(tmp_path) == [1, 3, 5]

@@ -15,8 +15,10 @@ from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.checkpoints.orbax import latest_step, restore_params
 from bd3_jax.data.pipeline import eval_batches, train_batches
 from bd3_jax.errors import UserError
+from bd3_jax.evaluation import perplexity as evaluation
 from bd3_jax.evaluation.perplexity import evaluate
 from bd3_jax.folders import alone
+from bd3_jax.metrics import read_metrics
 from bd3_jax.sampling.run import sample
 from bd3_jax.training import loop, validation
 from bd3_jax.training.loop import train
@@ -93,6 +95,26 @@ def test_an_interrupted_run_continues_exactly(uninterrupted, tmp_path, capsys, m
     for weights in ("ema", "raw"):
         (ours, _), (theirs, _) = (restore_params(config, workdir, weights) for workdir in (tmp_path, reference))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_validation_that_is_made_up_for_can_be_the_best(tiny_config, tmp_path, monkeypatch):
+    """Stopped at step 2, before its validation, and at step 3: what is found at step 2 counts in all later sessions."""
+    often = {"training.eval_every": 2, "training.checkpoint_every": 2}
+    config = tiny_config("ar", **often, **{"training.keep_checkpoints": 1, "training.keep_best": 1})
+    nlls = iter([9.0, 1.0, 3.0, 2.0])  # at steps 0, 2, 4, 6
+
+    def evaluate_params(*args, **named):
+        return dataclasses.replace(evaluation.evaluate_params(*args, **named), nll=next(nlls))
+
+    monkeypatch.setattr(validation, "evaluate_params", evaluate_params)
+    for batches in (2, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_batches", interrupted_reader(batches, signal.SIGTERM))
+            with pytest.raises(SystemExit):
+                train(config, tmp_path)
+    train(config, tmp_path)
+    assert [record["eval/nll"] for record in read_metrics(tmp_path) if "eval/nll" in record] == [9.0, 1.0, 3.0, 2.0]
+    assert orbax.steps(tmp_path) == [2, 6]
 
 
 @pytest.mark.parametrize(
