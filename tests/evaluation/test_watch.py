@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_it_waits_for_the_last_and_passes_over_what_was_removed(run, monkeypatch
     (workdir / "evaluations.jsonl").unlink(missing_ok=True)
     append_metrics(workdir, {"step": 4, "eval/split": "another"}, "evaluations.jsonl")  # which does not count
     there, waits = [[], [3, 4], [4], [4], [4]], []
-    monkeypatch.setattr(module.orbax, "steps", lambda _: there.pop(0))
+    monkeypatch.setattr(module, "orbax", SimpleNamespace(steps=lambda _: there.pop(0)))
     monkeypatch.setattr(module.time, "sleep", waits.append)
     watch(config, workdir, seconds=7)
     assert waits == [7]
