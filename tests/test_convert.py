@@ -1,5 +1,6 @@
 """`bd3 convert`: the same bits there and back, in their layout and in ours, and nothing overwritten."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -153,6 +154,31 @@ def test_a_workdir_with_its_tokenizer(weights, form, run, tmp_path):
     equal(found.params, wanted.params)
     assert found.architecture == wanted.architecture
     assert found.tokenizer.fingerprint == wanted.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule", "ignore_bos"),
+    [
+        ("bd3lm,block_size=8", "loglinear", False),
+        ("bd3lm,block_size=8", "scaled_loglinear", False),
+        ("mdlm", "scaled_loglinear", True),
+        ("sedd", "scaled_loglinear", True),
+        ("mdlm", "cosine", True),
+    ],
+)
+def test_the_noise_of_a_run_survives(objective, schedule, ignore_bos, tiny_config, tmp_path):
+    """Also through another export."""
+    config = tiny_config(objective)
+    noise = dataclasses.replace(config.noise, schedule=schedule, ignore_bos=ignore_bos)
+    config = dataclasses.replace(config, noise=noise)
+    params = LanguageModel.from_config(config, load_tokenizer("bytes").ids).network.init(jax.random.key(0))
+    run_folder.write_config(config, epath.Path(tmp_path / "run"))
+    load_tokenizer("bytes").save(tmp_path / "run" / "tokenizer")
+    orbax.save_params(epath.Path(tmp_path / "run"), 0, params, noise.low, noise.high)
+    convert(str(tmp_path / "run"), str(tmp_path / "out"))
+    convert(str(tmp_path / "out"), str(tmp_path / "again"))
+    for name in ("run", "out", "again"):
+        assert load_pretrained(str(tmp_path / name)).model.noise == noise, name
 
 
 def test_names_and_shapes_are_the_authors(run, tmp_path):

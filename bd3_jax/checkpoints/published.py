@@ -30,6 +30,9 @@ _LATER_KEYS = ("block_size", "cross_attn", "adaln", "causal", "var_min")
 # BOS, EOS and mask, under the names that transformers has for them; in what we export, but not in the authors' files.
 _IDS = ("bos_token_id", "eos_token_id", "mask_token_id")
 
+# `noise.schedule` and `noise.ignore_bos`; in what we export, where the other keys would be read as another noise.
+_NOISE = ("noise_schedule", "ignore_bos")
+
 # V -> the tokenizer that published models of that V were trained with, and its ids.
 TOKENIZERS = {50258: "gpt2", 30522: "bert-base-uncased"}
 USUAL_IDS = {
@@ -49,8 +52,9 @@ class Architecture:
       vocab_size: V, the mask token included.
       adaln: False for ar.
       time_conditioned: whether the network is fed sigma(t), as sedd is, or 0.
-      schedule: of losses and likelihoods; scaled_loglinear for the models of Sahoo et al. and Lou et al.
-      ignore_bos: whether position 0 is never masked; not so in those older models.
+      schedule: of losses and likelihoods; where config.json does not say it, loglinear, and scaled_loglinear for the
+        models of Sahoo et al. and Lou et al.
+      ignore_bos: whether position 0 is never masked; where config.json does not say it, not so in those older models.
       low: t ~ U[low, high] in training.
       high: see `low`.
       var_min: config.json's word for training in a searched interval.
@@ -235,8 +239,8 @@ def read_architecture(config: Any, tensors: Mapping[str, Stored], where: str) ->
         dropout=get("dropout", float),
         adaln=adaln,
         time_conditioned=timed,
-        schedule="scaled_loglinear" if older else "loglinear",
-        ignore_bos=not older,
+        schedule=get(_NOISE[0], str, "scaled_loglinear" if older else "loglinear"),
+        ignore_bos=get(_NOISE[1], bool, not older),
         low=low,
         high=high,
         var_min=get("var_min", bool, False),
@@ -331,7 +335,8 @@ def write_published(folder: epath.Path, architecture: Architecture, params: Any)
 def config_json(architecture: Architecture) -> dict[str, Any]:
     """Their config.json, of which `read_architecture` makes the same architecture again."""
     a = architecture
-    older = a.schedule == "scaled_loglinear" and not a.ignore_bos and a.objective in ("mdlm", "sedd")
+    noise = (a.schedule, a.ignore_bos)
+    older = noise == ("scaled_loglinear", False) and a.objective in ("mdlm", "sedd") and not a.var_min
     content = {
         "model_type": "mdlm" if older else "bd3lm",
         "architectures": ["MDLM" if older else "BD3LM"],
@@ -355,6 +360,8 @@ def config_json(architecture: Architecture) -> dict[str, Any]:
     }
     if a.ids is not None:
         content |= zip(_IDS, (a.ids.bos, a.ids.eos, a.ids.mask), strict=True)
+    if not older and noise != ("loglinear", True):
+        content |= zip(_NOISE, noise, strict=True)
     return {key: value for key, value in content.items() if not (older and key in _LATER_KEYS)}
 
 

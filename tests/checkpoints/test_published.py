@@ -1,11 +1,12 @@
 """The authors' checkpoints: what config.json means, where they are downloaded from, Lightning files and EMA weights."""
 
+import dataclasses
 import json
 import re
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bd3_jax.checkpoints.published import config_json, read_architecture
+from bd3_jax.config import ScheduleName
 from bd3_jax.errors import UserError
 from bd3_jax.pretrained import load_pretrained
 from bd3_jax.special_ids import SpecialIds
@@ -58,6 +60,34 @@ def test_the_objective_is_told_from_the_config(config, expected):
     assert found.time_conditioned == (found.objective == "sedd")
     # What is written of it is read as the same again, tensors of the interval apart.
     assert read_architecture(config_json(found), TENSORS, "config.json") == found
+
+
+@pytest.mark.parametrize("ignore_bos", [True, False])
+@pytest.mark.parametrize("schedule", get_args(ScheduleName))
+@pytest.mark.parametrize("config", [FULL, FULL | {"cross_attn": False}, FULL | {"var_min": True}, MDLM_OWT, SEDD_SMALL])
+def test_any_noise_is_read_as_it_was_written(config, schedule, ignore_bos):
+    found = read_architecture(config, TENSORS, "config.json")
+    wanted = dataclasses.replace(found, schedule=schedule, ignore_bos=ignore_bos)
+    assert read_architecture(config_json(wanted), TENSORS, "config.json") == wanted
+
+
+def test_var_min_survives_the_older_noise():
+    found = read_architecture(FULL | {"cross_attn": False}, TENSORS, "config.json")
+    wanted = dataclasses.replace(found, schedule="scaled_loglinear", ignore_bos=False, var_min=True)
+    assert read_architecture(config_json(wanted), TENSORS, "config.json") == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_schedule": "linear"}, "config.noise.schedule must be one of loglinear, .*; found 'linear'"),
+        ({"noise_schedule": 1}, "noise_schedule is 1; expected a value of type str"),
+        ({"ignore_bos": "no"}, "ignore_bos is 'no'; expected a value of type bool"),
+    ],
+)
+def test_an_impossible_noise_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        read_architecture(FULL | changes, TENSORS, "config.json")
 
 
 @pytest.mark.parametrize("config", [FULL, MDLM_OWT])
