@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bd3_jax.checkpoints.published import TOKENIZER, TOKENIZERS, USUAL_IDS, Architecture
 from bd3_jax.checkpoints.source import Source, Weights, open_source
-from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig
+from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig, can_clip
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
@@ -346,11 +346,14 @@ def _override(source: Source, objective: str | None, block_size: int | None) -> 
     fresh = wanted.to_config()
     if source.run is None:
         return wanted, fresh
-    # A run keeps its own settings but for those of training, which may be of this objective or block size alone.
+    # A run keeps its own settings but for those of training, which may be of this objective or block size alone; and
+    # the masked fraction is kept within the interval only where blocks of this size have one there.
     other = ("training", "search", *(("eval", "sampling", "noise") if objective != found.objective else ()))
     own = source.config.to_dict()
     own |= {"objective": objective, "block_size": block_size}
     own |= {group: fresh.to_dict()[group] for group in other}
+    noise = own["noise"]
+    noise["resample"] &= can_clip(block_size, noise["low"], noise["high"])
     return wanted, from_config_dict(ConfigDict(own))
 
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 import bd3_jax
 from bd3_jax import pretrained
 from bd3_jax.checkpoints import orbax, run_folder
+from bd3_jax.config import NoiseConfig
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import conditional, interval_search
@@ -304,6 +305,18 @@ def test_a_workdir_whose_training_another_objective_could_not_do(run, tmp_path):
     # Of the same objective, all else is as the run has it.
     config = load_pretrained(str(tmp_path / "run"), block_size=16).config
     assert (config.eval.batch_size, config.sampling.nucleus) == (5, 0.5)
+
+
+def test_a_workdir_whose_interval_another_block_size_could_not_have(run, tmp_path):
+    """A block of one token is masked whole or not at all: never between 0.3 and 0.8 of it."""
+    shutil.copytree(run, tmp_path / "run")
+    content = json.loads((run / "config.json").read_text())
+    content["noise"] |= {"low": 0.3, "high": 0.8, "resample": True, "ignore_bos": False}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    loaded = load_pretrained(str(tmp_path / "run"), block_size=1)
+    assert loaded.config.noise == NoiseConfig("loglinear", 0.3, 0.8, resample=False, ignore_bos=False)
+    assert loaded.perplexity("red cat").estimator == "exact"
+    assert load_pretrained(str(tmp_path / "run"), block_size=2).config.noise.resample  # half of it may be
 
 
 def test_rows_in_which_nothing_counts(run):
