@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from bd3_jax.checkpoints.pytorch import from_tensors
@@ -18,6 +19,7 @@ from bd3_jax.config import Config, ModelConfig, NoiseConfig
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.data.prepare import prepare
+from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.network import Network
 from bd3_jax.special_ids import SpecialIds
@@ -167,6 +169,18 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Confi
 
     prepare(build("ar").data, build("ar").model.length)
     return build
+
+
+@pytest.fixture(scope="session")
+def word_pieces() -> Tokenizer:
+    """BERT's kind of tokenizer, with a few words: [CLS] 0, [MASK] 1, red 3, walk 4, ##ing 5, . 6, cat 7."""
+    words = ["[CLS]", "[MASK]", "[UNK]", "red", "walk", "##ing", ".", "cat"]
+    model = tokenizers.models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.add_special_tokens(words[:3])
+    return Tokenizer(tokenizer.to_str(), "word pieces")
 
 
 @pytest.fixture

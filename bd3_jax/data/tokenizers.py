@@ -104,6 +104,31 @@ class Tokenizer:
                 raise UserError(f"{origin} reads the text {text!r} as the special token; mark it as special there")
 
 
+class TextStream:
+    """The text of tokens that come one by one, in pieces that are together what `Tokenizer.decode` says of them all.
+
+    A token is decoded after those of the piece before it, which decide whether there is a space between them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode = tokenizer.decode
+        self._last: list[int] = []  # tokens of the newest piece
+        self._held: list[int] = []  # and those after it
+
+    def add(self, token: int) -> str:
+        """The next piece; empty as long as its last character lacks a token."""
+        self._held.append(token)
+        piece = self.rest()
+        if piece.endswith(UNFINISHED):
+            return ""
+        self._last, self._held = self._held, []
+        return piece
+
+    def rest(self) -> str:
+        """What no piece has yet, as it reads if no token follows."""
+        return self._decode([*self._last, *self._held])[len(self._decode(self._last)) :]
+
+
 def load_tokenizer(directory_or_name: epath.PathLike) -> Tokenizer:
     """A tokenizer of the table above (but `bpe`, which is trained), or the one in a file or folder.
 

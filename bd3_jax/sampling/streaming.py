@@ -8,7 +8,7 @@ from typing import TextIO
 import numpy as np
 from jaxtyping import Int
 
-from bd3_jax.data.tokenizers import UNFINISHED, Tokenizer
+from bd3_jax.data.tokenizers import TextStream, Tokenizer
 from bd3_jax.models.network import Params
 from bd3_jax.sampling.drawing import Drawn, Slots
 from bd3_jax.sampling.sampler import Sampler
@@ -24,15 +24,16 @@ def pieces(sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenize
     """
     blocks = max(1, TOKENS_PER_PIECE // sampler.layout.size)
     slots = Slots(sampler, params, row, 1, blocks_per_call=blocks, redraws=False)
-    drawn, told, finished = slots.new(0), "", False
+    drawn, told, finished, stream = slots.new(0), 1, False, TextStream(tokenizer)  # the BOS is not told
     slots.begin({0: drawn})
     while not finished:
         finished = bool(slots.step())
-        text = tokenizer.decode(drawn.tokens[1:].tolist())
-        text = text if finished else text.rstrip(UNFINISHED)
-        if text.startswith(told) and len(text) > len(told):
-            yield text[len(told) :]
-            told = text
+        text = "".join(stream.add(token) for token in drawn.tokens[told:].tolist())
+        if finished:
+            text += stream.rest()
+        if text:
+            yield text
+        told = drawn.length
 
 
 class Watch:
@@ -48,15 +49,18 @@ class Watch:
     def __init__(self, tokenizer: Tokenizer, out: TextIO | None = None, seconds_per_call: float = 0.03):
         self._tokenizer, self._out, self._pause = tokenizer, out or sys.stdout, seconds_per_call
         self._current: tuple[int, int] | None = None
-        self._shown = 1  # the BOS is not
+        self._shown, self._stream = 1, TextStream(tokenizer)  # the BOS is not shown
 
     def __call__(self, drawn: Drawn) -> None:
         if self._current != (drawn.index, drawn.rejected):
             again = f", draw {drawn.rejected + 1}" if drawn.rejected else ""
             self._out.write(f"\n--- sample {drawn.index}{again}\n")
-            self._current, self._shown = (drawn.index, drawn.rejected), 1
+            self._current = drawn.index, drawn.rejected
+            self._shown, self._stream = 1, TextStream(self._tokenizer)
         new = slice(self._shown, drawn.length)
-        texts = [self._tokenizer.decode([token]) for token in drawn.row[new].tolist()]
+        texts = [self._stream.add(token) for token in drawn.row[new].tolist()]
+        if texts and (drawn.stopped or drawn.length == drawn.limit):
+            texts[-1] = texts[-1] or self._stream.rest()
         if self._out.isatty():
             calls = drawn.drawn_at[new]
             # Room below, so that nothing scrolls between remembering the cursor's place and going back to it.
@@ -73,14 +77,15 @@ class Watch:
         self._shown = max(self._shown, drawn.length)
 
     def _frame(self, texts: list[str], drawn: Drawn, new: slice, call: int) -> str:
-        """The block as it was after a network call."""
-        parts = []
+        """The block as it was after a network call. A character of several tokens is there when all of them are."""
+        parts, newest = [], 0
         for text, at, confidence in zip(texts, drawn.drawn_at[new], drawn.confidence[new], strict=True):
+            newest = max(newest, at)
             if at > call:
                 parts.append("\u2591")
-            elif at == 0:
-                parts.append(text)
-            else:
+            elif newest <= call:
                 colour = self.COLOURS[min(int(confidence * len(self.COLOURS)), len(self.COLOURS) - 1)]
-                parts.append(f"\x1b[38;5;{colour}m{text}\x1b[0m")
+                parts.append(f"\x1b[38;5;{colour}m{text}\x1b[0m" if at else text)
+            if text:
+                newest = 0
         return "".join(parts)

@@ -5,7 +5,7 @@ import html
 import json
 from collections.abc import Sequence
 
-from bd3_jax.data.tokenizers import UNFINISHED, Tokenizer
+from bd3_jax.data.tokenizers import TextStream, Tokenizer
 from bd3_jax.sampling.block import Layout
 from bd3_jax.sampling.drawing import Drawn
 
@@ -34,11 +34,12 @@ class Trace:
 
     @classmethod
     def of(cls, drawn: Drawn, layout: Layout, tokenizer: Tokenizer) -> "Trace":
-        pieces, first = [], 1  # after the BOS
-        for end in range(2, drawn.length + 1):
-            text = tokenizer.decode(drawn.tokens[first:end].tolist())
-            # A character of several tokens is shown once the last of them is there; it has 4 bytes at most.
-            if text.endswith(UNFINISHED) and end - first < 4 and end < drawn.length:
+        pieces, first, stream = [], 1, TextStream(tokenizer)  # after the BOS
+        for end, token in enumerate(drawn.tokens[1:].tolist(), 2):
+            text = stream.add(token)
+            if end == drawn.length:
+                text = text or stream.rest()
+            if not text:
                 continue
             here = slice(first, end)
             confidence = float(drawn.confidence[here].min())

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from bd3_jax.data.tokenizers import Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
+from bd3_jax.data.tokenizers import TextStream, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from bd3_jax.errors import UserError
 
 TEXTS = ["", " ", "a  b\n\n\tc", "Grüße, 世界 🦊", "\x00\x7f\u00ad\ufeff", "<|endoftext|>[MASK]<s>", "isn't it 1,234?"]
@@ -33,6 +34,29 @@ def test_every_text_survives(bpe, text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_bytes_are_utf8(text):
     assert bytes(bytes_tokenizer().encode(text)) == text.encode()
+
+
+def test_a_stream_of_words(word_pieces):
+    stream = TextStream(word_pieces)
+    ids = word_pieces.encode("red walking cat.")
+    assert [stream.add(token) for token in ids] == ["red", " walk", "ing", " cat", "."]
+    assert stream.rest() == ""
+
+
+def test_a_stream_of_characters_of_several_tokens():
+    stream = TextStream(bytes_tokenizer())
+    assert [stream.add(token) for token in "aé🦊".encode()] == ["a", "", "é", "", "", "", "🦊"]
+    assert (stream.add("é".encode()[0]), stream.rest()) == ("", "\ufffd")
+
+
+def test_any_stream_is_the_text(bpe, word_pieces):
+    """Whatever the order of the tokens, bytes that are no UTF-8 included."""
+    rng = np.random.default_rng(0)
+    for tokenizer in (bpe, word_pieces, bytes_tokenizer()):
+        texts = [tokenizer.encode(text) for text in TEXTS]
+        for ids in [*texts, *rng.integers(0, tokenizer.ids.vocab_size, (100, 30)).tolist()]:
+            stream = TextStream(tokenizer)
+            assert "".join([*map(stream.add, ids), stream.rest()]) == tokenizer.decode(ids)
 
 
 def test_special_ids(bpe):

@@ -33,6 +33,21 @@ def test_pieces():
     assert Trace.of(drawn_from("abc", [1, 2, 3], length=3), LAYOUT, TOKENIZER).pieces[-1].text == "b"
 
 
+def test_words_are_apart_and_their_pieces_are_not(word_pieces):
+    tokens, calls = np.array([0, 3, 4, 5, 6], np.int32), np.array([0, 0, 2, 1, 3], np.int32)
+    drawn = Drawn(0, tokens, 5, 2, 5, 0, 0.0, calls, np.where(calls, 0.5, 0), nfe=3)
+    pieces = Trace.of(drawn, LAYOUT, word_pieces).pieces
+    assert [(piece.text, piece.call) for piece in pieces] == [("red", 0), (" walk", 2), ("ing", 1), (".", 3)]
+
+
+def test_bytes_that_are_no_character():
+    """Together with what follows, so that the pieces are the text; an unfinished one at the end is shown as such."""
+    drawn = drawn_from("xyzab\u00e9", [1, 2, 3, 4, 5, 6, 7], length=7)
+    drawn.row[2:4] = 0xC3
+    pieces = Trace.of(drawn, LAYOUT, TOKENIZER).pieces
+    assert [(piece.text, piece.call) for piece in pieces] == [("x", 1), ("\ufffd\ufffda", 4), ("b", 5), ("\ufffd", 6)]
+
+
 def test_blocks_that_overlap():
     """MDLM beyond its context of 8: each window draws 4 new tokens."""
     trace = Trace.of(drawn_from("abcdefghijkl", [1] * 12), Layout(size=8, stride=4, num_blocks=3), TOKENIZER)
