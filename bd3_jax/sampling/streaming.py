@@ -22,7 +22,7 @@ def pieces(sampler: Sampler, params: Params, row: Int[np.ndarray, "S"], tokenize
 
     What was handed out is not taken back: where a sample becomes degenerate it ends, instead of being drawn anew.
     """
-    blocks = max(1, TOKENS_PER_PIECE // sampler.layout.size)
+    blocks = min(max(1, TOKENS_PER_PIECE // sampler.layout.size), sampler.blocks_per_call)
     slots = Slots(sampler, params, row, 1, blocks_per_call=blocks, redraws=False)
     drawn, told, finished, stream = slots.new(0), 1, False, TextStream(tokenizer)  # the BOS is not told
     slots.begin({0: drawn})

@@ -1,5 +1,6 @@
 """Text as it is drawn: pieces for a program, and what a terminal shows."""
 
+import dataclasses
 import io
 import re
 
@@ -31,6 +32,16 @@ def test_pieces_are_the_text(model):
     assert "".join(told) == TOKENIZER.decode(whole.tokens[1:])
     assert len(told) > 3
     assert told[0].startswith("Ab")
+
+
+@pytest.mark.parametrize(("objective", "max_length"), [("mdlm", 7), ("sedd", 2)])
+def test_pieces_with_a_context_of_two_tokens(objective, max_length, toy_lm, random_params):
+    """MDLM's windows overlap, and each has one token that is new."""
+    lm = dataclasses.replace(toy_lm(objective, vocab_size=258, length=2), ids=TOKENIZER.ids)
+    sampler, params = Sampler(lm, sampling_config(objective, max_length=max_length, seed=3)), random_params(lm)
+    row = sampler.canvas([[]])[0]
+    (whole,) = draw(sampler, params, row, 1, 1)
+    assert "".join(pieces(sampler, params, row, TOKENIZER)) == TOKENIZER.decode(whole.tokens[1:])
 
 
 def test_the_first_of_several_is_watched(model):
