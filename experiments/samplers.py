@@ -55,9 +55,9 @@ def draw(model: Pretrained, count: int, settings: dict[str, Any]) -> dict[str, A
     samples = model.sample(num_samples=count, batch_size=BATCH, **settings)
     mean = lambda name: sum(getattr(each, name) for each in samples) / count
     # Compilation is not timed.
-    tokens, seconds = sum(len(each.tokens) for each in samples), sum(each.seconds for each in samples)
+    drawn, seconds = sum(each.drawn for each in samples), sum(each.seconds for each in samples)
     figures = {name: mean(name) for name in ("nfe", "cache_calls", "entropy", "distinct_2")}
-    return figures | {"tokens_per_second": tokens / seconds, "texts": [each.text for each in samples]}
+    return figures | {"tokens_per_second": drawn / seconds, "texts": [each.text for each in samples]}
 
 
 def held_out(model: Pretrained, count: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Sample:
       tokens: ids, BOS included.
       stopped: why it ended before `sampling.max_length`: eos or entropy (see `stopping.py`); empty: it did not.
       rejected: draws that were discarded before this one.
+      drawn: tokens that were drawn; BOS, prompt and what is given of a text with gaps are not.
       nfe: network calls that drew its tokens.
       cache_calls: network calls that only stored keys and values.
       length: tokens of the re-tokenised text that are not EOS, BOS not counted.
@@ -57,6 +58,7 @@ class Sample:
     tokens: list[int]
     stopped: str
     rejected: int
+    drawn: int
     nfe: int
     cache_calls: int
     length: int
@@ -74,7 +76,7 @@ class Sample:
             index=drawn.index, seed=seed, step=step,
             text=tokenizer.decode(tokens[1:]) if tokenizer else None,
             tokens=tokens, stopped=drawn.stopped, rejected=drawn.rejected,
-            nfe=drawn.nfe, cache_calls=drawn.cache_calls,
+            drawn=int((drawn.drawn_at[: drawn.length] > 0).sum()), nfe=drawn.nfe, cache_calls=drawn.cache_calls,
             length=statistics.length(tokens, tokenizer) if tokenizer else len(tokens) - 1,
             entropy=statistics.entropy(tokens),
             **{f"distinct_{n}": statistics.distinct([tokens], n) for n in (1, 2, 3)},
@@ -156,9 +158,9 @@ def batch_size(c: SamplingConfig, parts: int) -> int:
 
 
 def summary(samples: Sequence[Sample]) -> str:
-    """Means over all samples, and the speed."""
+    """Means over all samples, and their drawn tokens a second; discarded draws count as time alone."""
     mean = lambda name: np.mean([getattr(sample, name) for sample in samples])
-    tokens, seconds = sum(len(sample.tokens) for sample in samples), sum(sample.seconds for sample in samples)
+    drawn, seconds = sum(sample.drawn for sample in samples), sum(sample.seconds for sample in samples)
     lengths = [sample.length for sample in samples]
     rows = [sample.tokens for sample in samples]
     distinct = ", ".join(f"{statistics.distinct(rows, n):.3f}" for n in (1, 2, 3))
@@ -166,7 +168,7 @@ def summary(samples: Sequence[Sample]) -> str:
     return (
         f"mean NFE {mean('nfe'):.1f}, length median {np.median(lengths):.0f} and maximum {max(lengths)}, "
         f"mean entropy {mean('entropy'):.3f} nats, distinct-1, 2, 3 of all {distinct}, "
-        f"{tokens / seconds:,.1f} tokens/s" + (f", {rejected} draws discarded" if rejected else "")
+        f"{drawn / seconds:,.1f} tokens/s" + (f", {rejected} draws discarded" if rejected else "")
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,12 +52,19 @@ def test_samples_are_printed_and_written(run, capsys):
         assert len(drawn["tokens"]) == config.sampling.max_length
         assert drawn["text"].startswith(PROMPT)
         assert drawn["text"] in printed
-        assert drawn["nfe"] == 16 - 1 - len(PROMPT)
+        assert drawn["drawn"] == drawn["nfe"] == 16 - 1 - len(PROMPT)
         assert drawn["cache_calls"] == 0  # the call that draws a block's first token stores the block before
         assert drawn["distinct_1"] == len(set(drawn["tokens"])) / 16
         assert (drawn["stopped"], drawn["rejected"]) == ("", 0)
         assert drawn["seconds"] > 0
     assert len({drawn["text"] for drawn in samples}) == 3
+
+
+def test_the_speed_is_that_of_drawn_tokens(run, capsys):
+    config, workdir = run
+    samples = sample(config, workdir)
+    told = float(re.search(r"([\d,.]+) tokens/s", capsys.readouterr().out)[1].replace(",", ""))
+    assert told == pytest.approx(3 * (15 - len(PROMPT)) / sum(drawn["seconds"] for drawn in samples), rel=0.01, abs=0.1)
 
 
 def test_earlier_samples_are_kept(run, capsys):
@@ -117,7 +125,7 @@ def test_only_the_first_process_writes(run, tmp_path, monkeypatch, capsys):
 def test_gaps_are_filled(run, capsys):
     config, workdir = run
     for drawn in sample(change(config, prompt="", infill="re[MASK*4]blue"), workdir):
-        assert len(drawn["tokens"]) == 1 + 10
+        assert (len(drawn["tokens"]), drawn["drawn"]) == (1 + 10, 4)
         assert bytes(drawn["tokens"][1:3]) == b"re"
         assert bytes(drawn["tokens"][7:]) == b"blue"
 
