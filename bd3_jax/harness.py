@@ -179,14 +179,13 @@ class HarnessModel(TemplateLM):
         asked = dict(normalize_gen_kwargs(asked, MAX_TOKENS))
         stops = [str(stop) for stop in asked.pop("until") if stop] + [self.text.decode([self.eot_token_id])]
         tokens = _positive("max_gen_toks", asked.pop("max_gen_toks"))
-        sample, temperature = asked.pop("do_sample"), float(asked.pop("temperature", 1.0))
-        if "top_p" in asked:
-            asked["nucleus"] = float(asked.pop("top_p"))
+        sample, ours = asked.pop("do_sample"), {"temperature": "temperature", "top_p": "nucleus"}
+        settings = {name: float(asked.pop(theirs)) for theirs, name in ours.items() if theirs in asked}
         if unknown := sorted(asked.keys() - GENERATION):
             own = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
             raise UserError(f"unknown argument {unknown[0]!r} of generation; allowed: {', '.join((*own, *GENERATION))}")
-        if sample and temperature > 0:
-            return stops, tokens, {"temperature": temperature, **asked}
+        if sample and settings.get("temperature") != 0:
+            return stops, tokens, asked | settings
         if self.model.objective == "sedd":
             raise UserError("sedd has no greedy sampler; allowed: --gen_kwargs do_sample=true,temperature=1")
         masked = {} if self.model.objective == "ar" else {"sampler": "confidence", "tokens_per_step": 1}

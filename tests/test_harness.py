@@ -1,5 +1,6 @@
 """lm_eval's harness on the authors' models, against formulas in NumPy; its own command line on tasks of local files."""
 
+import dataclasses
 import json
 import string
 
@@ -170,6 +171,21 @@ def test_sampled_generation_and_stops(make):
     stop = longest[5:7]
     again = model.generate_until(requests("generate_until", *[("a do", {**asked, "until": [stop, ""]})] * 4))
     assert again == [text.split(stop)[0] for text in texts]
+
+
+def test_the_temperature_is_that_of_the_model_unless_asked_for(make):
+    """So low a one leaves nothing to chance, and the samples of one prompt are those of the greedy sampler."""
+    model = make("ar", batch_size=4)
+    c = model.model.config
+    cold = dataclasses.replace(c, sampling=dataclasses.replace(c.sampling, temperature=1e-3))
+    model.model = dataclasses.replace(model.model, config=cold)
+
+    def texts(**asked):
+        return model.generate_until(requests("generate_until", *[("a do", {"max_gen_toks": 6} | asked)] * 4))
+
+    assert texts(do_sample=True) == texts(do_sample=False)
+    assert len(set(texts(do_sample=True, temperature=1.0))) > 1
+    assert texts(do_sample=True, temperature=0.0) == texts()
 
 
 def test_mistakes(make, letters):
