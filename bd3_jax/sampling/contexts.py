@@ -190,6 +190,10 @@ class CachedNextToken(Cached):
         hidden, kv = self.network.decode(params, memory.recent, memory.cache)
         return hidden, dataclasses.replace(memory, cache=memory.cache.append(kv))
 
+    def look(self, params: Any, memory: Memory, index: Array, tokens: Array, at: Array | None) -> Array:
+        """Not a number: a block of one token is finished at its first call, and no further one is ever made."""
+        return jnp.full((*tokens.shape, self.network.model.width), jnp.nan)
+
 
 @dataclasses.dataclass(frozen=True)
 class WindowedNextToken:

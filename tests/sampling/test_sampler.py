@@ -8,6 +8,7 @@ import pytest
 
 from bd3_jax.errors import UserError
 from bd3_jax.sampling import analytic
+from bd3_jax.sampling.contexts import CachedNextToken
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from tests.sampling.settings import GREEDY, change, sampling_config
 
@@ -133,6 +134,18 @@ def test_windows_beyond_the_context(make, objective, block_size):
         np.testing.assert_array_equal(samples.tokens[:, start : start + new], first_choice)
     finished_blocks = [(len(prompt) + 1) // lm.block_size for prompt in PROMPTS]
     assert samples.nfe.tolist() == [sampler.layout.num_blocks - finished for finished in finished_blocks]
+
+
+def test_a_block_of_one_token_has_no_further_call(make):
+    """It would feed the masked token itself: what it gives could not be taken for a prediction."""
+    sampler, params = make("ar")
+    context = CachedNextToken(sampler.model.network, 1, 11)
+    memory, index = context.start(params, np.zeros(12, np.int32), 1), np.ones(1, np.int32)
+    hidden, memory = context.first(params, memory, index, np.full((1, 1), sampler.model.ids.mask), None)
+    further = context.look(params, memory, index, np.full((1, 1), sampler.model.ids.mask), None)
+    assert np.isfinite(hidden).all()
+    assert np.isnan(further).all()
+    assert further.shape == hidden.shape
 
 
 @pytest.mark.parametrize("kv_cache", [True, False])
