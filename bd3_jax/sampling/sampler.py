@@ -181,8 +181,9 @@ class Sampler:
     ) -> tuple[Memory, Filled]:
         """Fills the next blocks of every sequence; see `block.fill_blocks` for the arguments. SEDD knows no `end`.
 
-        `weights` are those of `freeze`.
-        One compiled function serves every prompt and every length but those below K blocks. `memory` may be donated.
+        `weights` are those of `freeze`. `memory` may be donated.
+        One compiled function serves every prompt and every length of L tokens and K blocks or more. Below, each number
+        of blocks has one of its own, which reads no more than the canvas holds.
         """
         c, mask = self.config, self.model.ids.mask
         if self.model.objective == "sedd":
