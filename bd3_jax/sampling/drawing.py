@@ -101,7 +101,7 @@ class Slots:
         self._stop_rule = StopRule.of(sampler.config, sampler.model.ids)
         self._discarded: Counter[tuple[int, str]] = Counter()  # draws of a sample, by the reason
         self._layout, self._blocks = sampler.layout, blocks_per_call or sampler.blocks_per_call
-        fresh = sampler.start(self._weights, self._rows[0], self._given(0))
+        fresh = sampler.start(self._weights, self._rows[0], self._blocks_given(0))
         self._opening = (0, fresh)
         self.drawing: list[Drawn | None] = [None] * batch
         shardings = _memory_sharding(fresh, batch, sharding)
@@ -128,7 +128,7 @@ class Slots:
     def new(self, index: int, rejected: int = 0, seconds: float = 0.0) -> Drawn:
         """Sample `index` before anything of it is drawn."""
         number = index % len(self._rows)
-        row, limit, begin = self._rows[number].copy(), self._limits[number], self._given(number)
+        row, limit, begin = self._rows[number].copy(), self._limits[number], self._blocks_given(number)
         nothing = np.zeros(len(row), np.int32)
         return Drawn(
             index, row, limit, begin, self._finished(begin, limit), rejected, seconds,
@@ -196,7 +196,7 @@ class Slots:
         assert drawn is not None
         return drawn.index % len(self._rows)
 
-    def _given(self, number: int) -> int:
+    def _blocks_given(self, number: int) -> int:
         """How many leading blocks of a row are given whole, and read at once; the last is gone through in any case.
 
         Of a text with gaps more may be given than the training context, which is all that is read at once.
@@ -211,7 +211,7 @@ class Slots:
     def _start(self, number: int) -> Memory:
         """What is kept of the given blocks of a row; the newest is kept, since samples of one row are begun alike."""
         if self._opening[0] != number:
-            self._opening = (number, self._sampler.start(self._weights, self._rows[number], self._given(number)))
+            self._opening = (number, self._sampler.start(self._weights, self._rows[number], self._blocks_given(number)))
         return self._opening[1]
 
     def _discards(self) -> bool:
