@@ -154,8 +154,10 @@ class TransformersJudge:
         self.ends = frozenset(self._tokenizer.encode(self._eos, add_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
-        """See `Judge`; our <|endoftext|> counts as the judge's EOS."""
-        return self._tokenizer.encode(text.replace(END_OF_TEXT, self._eos), add_special_tokens=False)
+        """See `Judge`; our <|endoftext|> counts as the judge's EOS, but for a BOS of that name before the text."""
+        begin = self.bos if text.startswith(self.bos) else ""
+        text = begin + text.removeprefix(begin).replace(END_OF_TEXT, self._eos)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def losses(self, tokens: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n-1"]:
         ids = self._torch.from_numpy(tokens)[None]

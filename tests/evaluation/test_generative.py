@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -153,12 +156,28 @@ def test_scores_are_written_as_they_are_found(tmp_path, monkeypatch):
         ({"bos_token": "<s>", "eos_token": "</s>"}, 257, 258),
         ({"eos_token": "</s>"}, 257, 257),
         ({"bos_token": "<s>"}, 257, 257),
+        ({"bos_token": "<|endoftext|>", "eos_token": "</s>"}, 256, 257),
     ],
 )
 def test_a_judge_with_other_special_tokens(tmp_path, special, begins, ends):
     judge = TransformersJudge(str(tiny_judge(tmp_path, **special)))
     assert judge.encode(f"{judge.bos}ab<|endoftext|>c") == [begins, *b"ab", ends, *b"c"]
     assert judge.ends == {ends}
+
+
+def test_a_bos_that_is_spelled_like_our_eos(monkeypatch):
+    """Stand-ins for both libraries; the pieces of a text in place of ids."""
+    tokenizer = types.SimpleNamespace(
+        bos_token="<|endoftext|>", eos_token="</s>", encode=lambda text, **_: re.findall(r"<[^>]*>|.", text)
+    )
+    model = types.SimpleNamespace(eval=lambda: None)
+    loading = lambda found: types.SimpleNamespace(from_pretrained=lambda *_, **__: found)
+    library = types.SimpleNamespace(AutoTokenizer=loading(tokenizer), AutoModelForCausalLM=loading(model))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(float32=None))
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    judge = TransformersJudge("any")
+    assert judge.encode(f"{judge.bos}a<|endoftext|>b") == ["<|endoftext|>", "a", "</s>", "b"]
+    assert judge.ends == {"</s>"}
 
 
 def test_a_judge_without_special_tokens(tmp_path):
@@ -173,6 +192,6 @@ def test_what_cannot_be_judged(tmp_path, monkeypatch):
     empty.write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="every line must be an object with a text"):
         judge_file(empty, "gpt2-large", 0)
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"needs torch: pip install 'bd3_jax\[torch\]'"):
         generative.TransformersJudge("gpt2-large")
