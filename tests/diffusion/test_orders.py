@@ -15,7 +15,7 @@ eval_losses = jax.jit(LanguageModel.eval_losses, static_argnums=(0, 4))
 
 
 def even_params(random_params, lm):
-    """Of a model that is nowhere so sure that confidences differ by rounding alone."""
+    """Of a model that is nowhere so sure that confidences are all 1."""
     params = random_params(lm)
     return {**params, "output": jax.tree.map(lambda leaf: 0.1 * leaf, params["output"])}
 
@@ -39,7 +39,9 @@ def one_by_one(lm, params, text, order):
         while block:
             values = np.asarray(logits(jnp.asarray(now)), np.float64)[:, :TOKENS]
             probs = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
-            position = block[0] if order == "left_to_right" else max(block, key=lambda place: probs[place].max())
+            # Where all is masked, positions differ by rounding alone: the first of them is taken.
+            surest = max(probs[place].max() for place in block) - 1e-6
+            position = next(p for p in block if order == "left_to_right" or probs[p].max() > surest)
             losses[position] = -np.log(probs[position, text[position]])
             now[position] = text[position]
             block.remove(position)

@@ -48,7 +48,7 @@ def test_a_prompt_read_at_once_is_as_good_as_one_read_bit_by_bit(make, objective
     at_once = Slots(sampler, params, sampler.canvas([prompt])[0], 1, blocks_per_call=1)
     assert at_once.new(0).blocks == (10 if objective == "ar" else 2)
     bit_by_bit = Slots(sampler, params, sampler.canvas([prompt])[0], 1, blocks_per_call=1)
-    bit_by_bit._given = lambda row: 0
+    bit_by_bit._blocks_given = lambda row: 0
     bit_by_bit._opening = (0, sampler.start(bit_by_bit._weights, bit_by_bit._rows[0], 0))
     rows = []
     for slots in (at_once, bit_by_bit):

@@ -87,7 +87,7 @@ def test_more_may_be_given_than_the_training_context(make, monkeypatch, objectiv
     for tokens in at_once:
         assert all(token in (None, found) for token, found in zip(given, tokens[1:], strict=True))
         assert sampler.model.ids.mask not in tokens
-    monkeypatch.setattr(Slots, "_given", lambda self, row: 0)
+    monkeypatch.setattr(Slots, "_blocks_given", lambda self, row: 0)
     assert [each.tokens.tolist() for each in draw(sampler, params, row, 3, 3)] == at_once
 
 
