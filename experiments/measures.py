@@ -64,7 +64,8 @@ def by_model(cells: list[dict[str, Any]], steps: int) -> dict[str, dict[int, np.
 def compare(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Mean difference of NLLs per token `[seeds, rows]`, second less first, and its standard error.
 
-    That of rows, evaluated in batches of which each has one stratified draw of the noise, and that of seeds.
+    That of rows, in batches of neighbours, which have one stratified draw of the noise and texts that are alike; and
+    that of seeds.
     """
     by_row, by_seed = (second - first).mean(0), (second - first).mean(1)
     mean, error = pool(by_row, np.ones(len(by_row), int), BATCH)
