@@ -75,16 +75,17 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
 
 
 def plot(found: dict[str, dict[int, np.ndarray]]) -> Figure:
-    """A dot for each seed, beside the published perplexities."""
+    """A line for each seed, beside the published perplexities."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ours, *published = figure.subplots(1, 3)
-    for place, seeds in enumerate(found.values()):
-        ours.plot([place] * len(seeds), [math.exp(rows.mean()) for rows in seeds.values()], "o", alpha=0.6)
+    for seed in sorted({seed for seeds in found.values() for seed in seeds}):
+        own = [(place, math.exp(seeds[seed].mean())) for place, seeds in enumerate(found.values()) if seed in seeds]
+        ours.plot(*zip(*own, strict=True), "o-", alpha=0.7, label=f"seed {seed}")
     ours.set_xticks(range(len(found)), list(found), rotation=60)
-    ours.set(title="here, a dot for each seed", ylabel="test perplexity")
+    ours.set(title="here", ylabel="test perplexity")
+    ours.legend()
     for index, (axes, corpus) in enumerate(zip(published, ("LM1B", "OpenWebText"), strict=True)):
-        for place, values in enumerate(PUBLISHED.values()):
-            axes.plot(place, values[index], "s")
+        axes.plot([values[index] for values in PUBLISHED.values()], "ks-")
         axes.set_xticks(range(len(PUBLISHED)), list(PUBLISHED), rotation=60)
         axes.set_title(f"published, {corpus}")
     return figure
