@@ -89,8 +89,8 @@ class Result:
         """Pools the losses of n sequences of `length` tokens, obtained with `config`; see `sequence_losses`."""
         counted = np.asarray(lm.counted(length))
         counts = np.full(len(losses), int(counted.sum()))
-        is_drawn = not lm.is_exact and config.estimator not in ORDERS
-        nll, error = pool(losses.sum(1), counts, config.batch_size if is_drawn else 1)
+        estimator = "exact" if lm.is_exact else config.estimator
+        nll, error = pool(losses.sum(1), counts, config.batch_size if _draws(estimator) else 1)
         groups = losses.shape[1]
         at_positions = counted.reshape(-1, groups, lm.block_size // groups).sum((0, 2)) * len(losses)
         means = np.where(at_positions, losses.sum(0) / np.maximum(at_positions, 1), math.nan)
@@ -100,7 +100,7 @@ class Result:
             tokens=int(counts.sum()),
             sequences=len(losses),
             nonfinite=int((~np.isfinite(losses)).any(1).sum()),
-            estimator="exact" if lm.is_exact else config.estimator,
+            estimator=estimator,
             split=split,
             insert_special=insert_special,
             insert_eos=insert_eos,
@@ -114,7 +114,7 @@ class Result:
     @property
     def is_estimated(self) -> bool:
         """Whether noise is drawn for it."""
-        return self.estimator != "exact" and self.estimator not in ORDERS
+        return _draws(self.estimator)
 
     @property
     def bits_per_token(self) -> float:
@@ -162,6 +162,11 @@ def describe(estimator: str) -> str:
     if estimator == "exact":
         return estimator
     return f"exact, unmasking {estimator}" if estimator in ORDERS else f"upper bound, {estimator} estimate"
+
+
+def _draws(estimator: str) -> bool:
+    """Whether noise is drawn for it; for `Result.estimator`."""
+    return estimator != "exact" and estimator not in ORDERS
 
 
 def _yes(value: bool) -> str:
