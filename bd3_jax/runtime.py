@@ -135,29 +135,20 @@ def alongside_others() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        if str(error).startswith(_OWN_FAULTS):
-            _leave_with_trace()
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, UserError):
+            _leave(f"error: {who}: {error}", 2)
+        if not isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith(_OWN_FAULTS):
+            _leave(f"{traceback.format_exc()}\nerror: {who} stops", 1)
         first = str(error).strip().splitlines()[0][:300]
         _leave(
-            f"error: process {jax.process_index()} of {jax.process_count()} stops, for another one died or cannot be "
-            f"reached ({first}); start all of them again: the run continues from its last checkpoint",
+            f"error: {who} stops, for another one died or cannot be reached ({first}); start all of them again: the "
+            "run continues from its last checkpoint",
             LOST,
         )
-    except UserError as error:
-        if jax.process_count() == 1:
-            raise
-        _leave(f"error: process {jax.process_index()} of {jax.process_count()}: {error}", 2)
-    except Exception:
-        if jax.process_count() == 1:
-            raise
-        _leave_with_trace()
-
-
-def _leave_with_trace() -> None:
-    _leave(f"{traceback.format_exc()}\nerror: process {jax.process_index()} of {jax.process_count()} stops", 1)
 
 
 def _leave(message: str, status: int) -> None:
