@@ -12,6 +12,7 @@ import types
 
 import pytest
 
+import bd3_jax.convert  # noqa: F401  its errors are real: imported before what it needs is replaced
 from bd3_jax import cli, command_line
 from bd3_jax import main as entry
 from bd3_jax.config import Config
