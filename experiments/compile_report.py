@@ -34,7 +34,7 @@ from bd3_jax.config import Config
 from bd3_jax.configs import lm1b, owt, text8
 from bd3_jax.errors import UserError
 
-RECIPES = {f"configs/{name}.py": module.TOPOLOGY for name, module in (("owt", owt), ("lm1b", lm1b), ("text8", text8))}
+RECIPES = {"configs/owt.py": owt, "configs/lm1b.py": lm1b, "configs/text8.py": text8}
 MODELS = ("ar", "mdlm", "sedd", "bd3lm,block_size=4", "bd3lm,block_size=8", "bd3lm,block_size=16")
 # Of --chips: the smallest machine of each kind, and one of (up to) 256 chips.
 MACHINES = {
@@ -65,7 +65,7 @@ def cells(options: argparse.Namespace, flags: list[str]) -> list[Cell]:
         found = [Cell(model, topology, flags) for topology, model in itertools.product(machines, models)]
         found = [with_flag(cell, "training.batch_size", ROWS * targets.parse(cell.topology).size) for cell in found]
     else:
-        strings = options.configs or [f"{file}:{model}" for file in RECIPES for model in MODELS]
+        strings = options.configs or [f"{file}:{model}" for file in RECIPES for model in (*MODELS, _pretraining(file))]
         found = [Cell(string, options.topology or _named(string), flags) for string in strings]
     if options.baseline:
         found = [with_flag(cell, "model.attention", "dense") for cell in found]
@@ -77,11 +77,16 @@ def with_flag(cell: Cell, name: str, value: object) -> Cell:
     return cell._replace(flags=[*cell.flags, f"--config.{name}={value}"])
 
 
+def _pretraining(file: str) -> str:
+    """Of a BD3-LM: rows of one block."""
+    return f"bd3lm,block_size={RECIPES[file].get_config().model.length}"
+
+
 def _named(string: str) -> str:
     file = string.split(":")[0]
     if file not in RECIPES:
         raise UserError(f"--configs has {file}, which names no machine; allowed: {', '.join(RECIPES)}, or --topology")
-    return RECIPES[file]
+    return RECIPES[file].TOPOLOGY
 
 
 def describe(config: Config, topology: str) -> dict[str, Any]:
