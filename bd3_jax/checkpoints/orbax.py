@@ -8,13 +8,11 @@ the one before. Where the system will not read now what it may read later, the p
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -36,22 +34,14 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from bd3_jax.checkpoints import run_folder
+from bd3_jax.checkpoints.damage import newest_readable, require_damage, system_number
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 from bd3_jax.folders import free_path
 from bd3_jax.metrics import Record, kind
 
 State = TypeVar("State")
-T = TypeVar("T")
 FOLDER = "checkpoints"
-
-# What the system says of a file that is damaged or lost; whatever else it says may pass, as too many open files do.
-_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-# What TensorStore's errors begin with where a bucket does not answer or refuses; no system's number stands in them.
-_PASSING = (
-    "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-)  # fmt: skip
 
 # Orbax logs the tracebacks of all threads in which a save failed, and raises the exception besides.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -121,7 +111,7 @@ class Checkpoints:
         """
         folder, steps = self._manager.directory, sorted(self._manager.all_steps(), reverse=True)
         restore = functools.partial(self._restore, abstract, stream)
-        step, (state, position) = _newest_readable(folder, [step for step in steps if step <= newest], restore)
+        step, (state, position) = newest_readable(folder, [step for step in steps if step <= newest], restore)
         if jax.process_index() == 0:
             for damaged in (folder / str(later) for later in steps if later > step):
                 damaged.rename(free_path(damaged.with_name(f"{damaged.name}.damaged")))
@@ -155,7 +145,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            number = _system_number(error)
+            number = system_number(error)
             if isinstance(error, ValueError) and number is None:
                 raise
             reason = error if number is None else os.strerror(number)
@@ -195,7 +185,7 @@ def read_position(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     try:
         found = json.loads((folder / str(step) / "position" / "metadata").read_text())
     except Exception as error:
-        _require_damage(error, folder, step)
+        require_damage(error, folder, step)
         return None
     return found if isinstance(found, dict) else None
 
@@ -233,7 +223,7 @@ def restore_params(
     run_folder.check_architecture(config, workdir)
     field = "ema" if weights == "ema" else "params"
     steps = _newest_first(workdir) if step is None else [step]
-    found, state = _newest_readable(workdir / FOLDER, steps, lambda step: _read(workdir, step, {field: shardings}))
+    found, state = newest_readable(workdir / FOLDER, steps, lambda step: _read(workdir, step, {field: shardings}))
     return state[field], found
 
 
@@ -262,7 +252,7 @@ def summarize(workdir: epath.Path, step: int | None = None) -> Summary:
     """
     require_checkpoint(workdir, step)
     steps = _newest_first(workdir) if step is None else [step]
-    _, summary = _newest_readable(workdir / FOLDER, steps, lambda step: _summarize(workdir, step))
+    _, summary = newest_readable(workdir / FOLDER, steps, lambda step: _summarize(workdir, step))
     return summary
 
 
@@ -294,64 +284,6 @@ def require_checkpoint(workdir: epath.Path, step: int | None = None) -> None:
 def _newest_first(workdir: epath.Path) -> list[int]:
     folder = workdir.resolve() / FOLDER
     return sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.exists() else []
-
-
-def _newest_readable(folder: epath.Path, newest_first: Sequence[int], read: Callable[[int], T]) -> tuple[int, T]:
-    """The first step that `read` can read, and what it returns; a warning for those before.
-
-    Where several hosts read, what is damaged must be so for all of them, as on a shared file system.
-
-    Raises:
-      UserError: none can be read, or `read` raised one, or the system would not read, which says nothing of what is in
-        a checkpoint.
-    """
-    failures: list[str] = []
-    for step in newest_first:
-        try:
-            found = step, read(step)
-        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the last from a device's lack of memory
-            raise
-        except Exception as error:  # Orbax and TensorStore raise nearly everything for a damaged file
-            _require_damage(error, folder, step)
-            failures.append(f"{step} ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
-            continue
-        for failure in failures:
-            print(f"warning: {folder}: passed over the damaged checkpoint {failure}; used {step}", file=sys.stderr)
-        return found
-    raise UserError(f"{folder}: no checkpoint can be read, of {'; '.join(failures)}; put a good copy there")
-
-
-def _require_damage(error: Exception, folder: epath.Path, step: int) -> None:
-    """Raises UserError where `error`, met in reading that checkpoint, may pass."""
-    if reason := _passing(error):
-        raise UserError(
-            f"{folder}: checkpoint {step} cannot be read now: {reason}; nothing was changed; allowed: the same command "
-            f"when that is mended, or without {step}/"
-        ) from error
-
-
-def _passing(error: BaseException | None) -> str | None:
-    """What the system or a bucket said, where `error` comes of that and not of damage; else None."""
-    while error is not None:
-        number, text = _system_number(error), " ".join(str(error).split())[:200]
-        if number is not None:
-            return None if number in _DAMAGE else os.strerror(number)
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            return text or type(error).__name__
-        # Buckets are read through libraries that have errors of their own.
-        library = type(error).__module__.partition(".")[0]
-        if text.startswith(_PASSING) or library in ("gcsfs", "aiohttp", "google"):
-            return f"{type(error).__name__}: {text}"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _system_number(error: BaseException) -> int | None:
-    """The system's number of an error; TensorStore's are ValueErrors that end in it."""
-    if isinstance(error, OSError):
-        return error.errno
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(number[1]) if number else None
 
 
 def _open(workdir: epath.Path) -> ocp.CheckpointManager:

@@ -18,8 +18,8 @@ from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import likelihood_program
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.network import Frozen
-from bd3_jax.sampling.drawing import abstract_memory, abstract_weights, trace_step
 from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.sampling.step_program import abstract_memory, abstract_weights, trace_step
 from bd3_jax.special_ids import SpecialIds
 from bd3_jax.training.update import make_program
 from bd3_jax.training.validation import check_batches

@@ -39,7 +39,11 @@ class Layout:
 
     @property
     def length(self) -> int:
-        return self.size + (self.num_blocks - 1) * self.stride
+        return self.tokens_of(self.num_blocks)
+
+    def tokens_of(self, blocks: int) -> int:
+        """How many tokens so many blocks cover, one after the other."""
+        return self.size + (blocks - 1) * self.stride if blocks else 0
 
     def blocks_of(self, length: int) -> int:
         """How many blocks hold that many tokens, the last of them whole or in part."""

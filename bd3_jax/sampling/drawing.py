@@ -1,7 +1,6 @@
 """Many samples from one sampler: a fixed number of slots on the device, each refilled as soon as its sample is done."""
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections import Counter
@@ -10,17 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from bd3_jax.errors import UserError
-from bd3_jax.models.kv_cache import BATCH, KVCache
-from bd3_jax.models.network import AnyParams, Params
-from bd3_jax.sampling.block import Filled, Layout
+from bd3_jax.models.network import Params
+from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.contexts import Memory
-from bd3_jax.sampling.sampler import Sampler, sequence_keys
+from bd3_jax.sampling.sampler import Sampler
+from bd3_jax.sampling.step_program import abstract, compiled_step, memory_sharding
 from bd3_jax.sampling.stopping import DRAWS, WINDOW, Stop, StopRule
-from bd3_jax.sharding import by_rows, place, spec
+from bd3_jax.sharding import place
 
 ADVICE = {
     "entropy": "lower config.sampling.min_entropy, or train the model longer",
@@ -104,11 +103,11 @@ class Slots:
         fresh = sampler.start(self._weights, self._rows[0], self._blocks_given(0))
         self._opening = (0, fresh)
         self.drawing: list[Drawn | None] = [None] * batch
-        shardings = _memory_sharding(fresh, batch, sharding)
+        shardings = memory_sharding(fresh, batch, sharding)
         self._place = jax.jit(Memory.select, donate_argnums=0, out_shardings=shardings)
         self._memory = jax.jit(Memory.tile, static_argnums=1, out_shardings=shardings)(fresh, batch)
-        leaves, structure = jax.tree.flatten(jax.tree.map(_abstract, self._weights))
-        self._advance = _compile(sampler.program, batch, self._blocks, sharding, structure, tuple(leaves))
+        leaves, structure = jax.tree.flatten(jax.tree.map(abstract, self._weights))
+        self._advance = compiled_step(sampler.program, batch, self._blocks, sharding, structure, tuple(leaves))
 
     @property
     def free(self) -> list[int]:
@@ -226,7 +225,7 @@ class Slots:
 
     def _finished(self, blocks: int, limit: int) -> int:
         """How many tokens so many blocks hold of a sample."""
-        return min((blocks - 1) * self._layout.stride + self._layout.size if blocks else 0, limit)
+        return min(self._layout.tokens_of(blocks), limit)
 
     def _inputs(self) -> tuple[Any, ...]:
         """Arguments of the program after the memory: seed, and of each slot index, draw, first block, tokens and end.
@@ -235,7 +234,7 @@ class Slots:
         """
         batch, layout = len(self.drawing), self._layout
         indices, attempts, first, ends = np.zeros((4, batch), np.int32)
-        width = _width(layout, self._blocks)
+        width = layout.tokens_of(self._blocks)
         given = np.full((batch, width), self._sampler.model.ids.eos, np.int32)
         for slot, drawn in enumerate(self.drawing):
             if drawn is not None:
@@ -283,108 +282,3 @@ def draw(
         while following in finished:
             yield finished.pop(following)
             following += 1
-
-
-def abstract_weights(sampler: Sampler, params: Params) -> AnyParams:
-    """Shapes and shardings of `Sampler.freeze`, given those of the parameters; the devices need not be there."""
-    lowered = jax.jit(sampler.freeze).lower(params)
-    return jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-        lowered.out_info,
-        lowered.compile().output_shardings,
-    )
-
-
-def trace_step(
-    sampler: Sampler, weights: AnyParams, batch: int, blocks: int, sharding: NamedSharding | None = None
-) -> jax.stages.Traced:
-    """The program of one step of `Slots`: (weights, memory, and its other inputs) -> (memory, `Filled`).
-
-    Nothing is allocated: `weights` may be shapes with their shardings, and the devices need not be there.
-
-    Args:
-      sampler: what draws.
-      weights: the parameters of its model, frozen.
-      batch: sequences.
-      blocks: that are drawn of each.
-      sharding: of a batch of rows, where `weights` are spread over a mesh.
-    """
-    memory = abstract_memory(sampler, weights, batch, sharding)
-    shardings: Any = None
-    if sharding is not None:
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, memory), everywhere
-    number = jax.ShapeDtypeStruct((batch,), np.int32, sharding=sharding)
-    given = jax.ShapeDtypeStruct((batch, _width(sampler.layout, blocks)), np.int32, sharding=sharding)
-    seed = jax.ShapeDtypeStruct((), np.uint32)
-
-    def draw_blocks(
-        weights: AnyParams,
-        memory: Memory,
-        seed: Array,
-        indices: Int[Array, "b"],
-        attempts: Int[Array, "b"],
-        first: Int[Array, "b"],
-        given: Int[Array, "b n"],
-        end: Int[Array, "b"],
-    ) -> tuple[Memory, Filled]:
-        with by_rows(sharding):
-            return sampler.advance(weights, sequence_keys(seed, indices, attempts), memory, first, given, end)
-
-    program = jax.jit(draw_blocks, donate_argnums=1, out_shardings=shardings)
-    return program.trace(weights, memory, seed, number, number, number, given, number)
-
-
-def abstract_memory(sampler: Sampler, weights: AnyParams, batch: int, sharding: NamedSharding | None = None) -> Memory:
-    """Shapes of what is kept of `batch` sequences, with shardings where a mesh splits them; see `trace_step`."""
-    row = np.zeros(sampler.canvas_length, np.int32)
-    fresh = jax.eval_shape(lambda weights: sampler.start(weights, row, 0), weights)
-    memory = jax.tree.map(_abstract, jax.eval_shape(lambda fresh: fresh.tile(batch), fresh))
-    if sharding is None:
-        return memory
-    return jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-        memory,
-        _memory_sharding(fresh, batch, sharding),
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(
-    sampler: Sampler,
-    batch: int,
-    blocks: int,
-    sharding: NamedSharding | None,
-    structure: Any,
-    leaves: tuple[jax.ShapeDtypeStruct, ...],
-) -> Any:
-    """`trace_step`, compiled ahead of time: so no sample's seconds hold the compilation."""
-    return trace_step(sampler, jax.tree.unflatten(structure, leaves), batch, blocks, sharding).lower().compile()
-
-
-def _width(layout: Layout, blocks: int) -> int:
-    """Tokens of so many blocks, one after the other."""
-    return layout.size + (blocks - 1) * layout.stride
-
-
-def _memory_sharding(fresh: Memory, batch: int, sharding: NamedSharding | None) -> Any:
-    """Sequences are split like the batch, heads like those of the network; None: one device."""
-    if sharding is None:
-        return None
-    mesh, cache = sharding.mesh, fresh.cache
-    assert isinstance(mesh, Mesh)  # of devices, there or not
-    if cache is not None:
-        logical = ("layers", "batch", "heads", None, None)
-
-        def split(leaf: Array) -> NamedSharding:
-            shape = (*leaf.shape[:BATCH], batch, *leaf.shape[BATCH + 1 :])
-            return spec(mesh, logical[-leaf.ndim :], shape)
-
-        whole: Any = NamedSharding(mesh, PartitionSpec())
-        rows: Any = sharding
-        cache = KVCache(jax.tree.map(split, cache.keys), jax.tree.map(split, cache.values), rows, whole)
-    return Memory(cache, sharding)  # type: ignore[arg-type]
-
-
-def _abstract(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bd3_jax.errors import UserError
-from bd3_jax.sampling import drawing, stopping
+from bd3_jax.sampling import drawing, step_program, stopping
 from bd3_jax.sampling.drawing import Slots, draw
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
 from bd3_jax.sampling.statistics import entropy
@@ -109,14 +109,14 @@ def test_lengths_of_their_own(make, objective, limits):
 def test_one_compiled_function_for_every_prompt_length_and_seed(make):
     sampler, params = make("bd3lm", 4, max_length=40)
     tokens_of(sampler, params, 2, 2)
-    compiled = drawing._compile.cache_info().misses
+    compiled = step_program.compiled_step.cache_info().misses
     for changed, prompt in (
         (change(sampler, seed=3), [1, 2]),
         (change(sampler, max_length=55, variable_length=True), [3] * 7),
         (change(sampler, num_samples=9, min_entropy=0.1), []),
     ):
         tokens_of(changed, params, 2, 2, prompt)
-    assert drawing._compile.cache_info().misses == compiled
+    assert step_program.compiled_step.cache_info().misses == compiled
 
 
 def test_every_block_per_call_gives_the_same(make):
