@@ -4,13 +4,13 @@
     python experiments/compile_report.py --configs='configs/text8.py:ar;configs/lm1b.py:mdlm'
     python experiments/compile_report.py --chips=v5e,v5p,v6e    # configs/owt.py, small and medium, 4 rows a chip
     python experiments/compile_report.py --chips=h100
+    python experiments/compile_report.py --mode=eval    # or sample; without it, training
     python experiments/compile_report.py --configs=configs/lm1b.py:mdlm --topology=2xv5e:4x4    # two slices
 
 TPUs take the extra `tpu`, H100s the extra `cuda`. Each cell is compiled in a process of its own, some minutes each, and
 is kept in OUT/results.json, so that an interrupted report goes on (one that failed is not tried again: remove it
-there); OUT/table.md shows all. Figures are per chip and step. Nothing was run: the compiler's figures, FLOPs of the
-matrix products counted in the program, and times that follow from published peaks are estimates; so are cycles, which
-the TPU compiler has of its fusions and not of kernels. Exit status 1 where a recipe does not fit its machine.
+there); OUT/table.md shows all. Exit status 1 where a recipe does not fit its machine. H100s are the one and the eight
+of a machine: the links between machines are whatever the buyer chose.
 
 --baseline compiles the yardstick: dense [2L, 2L] attention and whole logits. Further --config.GROUP.NAME=VALUE hold for
 every cell.
@@ -28,7 +28,7 @@ from recording import RESULTS, Recording
 
 from bd3_jax import command_line
 from bd3_jax.compiling import targets
-from bd3_jax.compiling.report import Report, amount
+from bd3_jax.compiling.report import GROUPS, Report, amount
 from bd3_jax.compiling.run import compile_for
 from bd3_jax.config import Config
 from bd3_jax.configs import lm1b, owt, text8
@@ -47,10 +47,18 @@ SIZES = ("small", "medium")
 ROWS = 4  # sequences a chip
 
 
+CAPTION = """\
+Per chip and step (of sample: the next blocks of a batch). Nothing was run. Memory is what the compiler plans; TFLOP are
+the matrix products of the program, and GB of HBM what its operations read and write, both with every token masked, the
+most. Estimates: cycles, which the TPU compiler has of its fusions and not of kernels; the roofline, the longest of the
+times that products, HBM and links take at their published peaks; and the tokens/s that follow."""
+
+
 class Cell(NamedTuple):
-    """What to compile: FILE:STRING, for a machine, with flags as `bd3 train` takes them."""
+    """What to compile: a program of FILE:STRING, for a machine, with flags as `bd3 train` takes them."""
 
     config: str
+    mode: str
     topology: str
     flags: list[str]
 
@@ -62,11 +70,12 @@ def cells(options: argparse.Namespace, flags: list[str]) -> list[Cell]:
     if options.chips:
         machines = [topology for chip in options.chips for topology in MACHINES[chip]]
         models = [f"configs/owt.py:{model},size={size}" for size in SIZES for model in MODELS]
-        found = [Cell(model, topology, flags) for topology, model in itertools.product(machines, models)]
-        found = [with_flag(cell, "training.batch_size", ROWS * targets.parse(cell.topology).size) for cell in found]
+        found = [Cell(model, options.mode, topology, flags) for topology, model in itertools.product(machines, models)]
+        batch = f"{GROUPS[options.mode]}.batch_size"
+        found = [with_flag(cell, batch, ROWS * targets.parse(cell.topology).size) for cell in found]
     else:
         strings = options.configs or [f"{file}:{model}" for file in RECIPES for model in (*MODELS, _pretraining(file))]
-        found = [Cell(string, options.topology or _named(string), flags) for string in strings]
+        found = [Cell(string, options.mode, options.topology or _named(string), flags) for string in strings]
     if options.baseline:
         found = [with_flag(cell, "model.attention", "dense") for cell in found]
         found = [with_flag(cell, "model.max_logits", 2**31 - 1) for cell in found]
@@ -89,10 +98,10 @@ def _named(string: str) -> str:
     return RECIPES[file].TOPOLOGY
 
 
-def describe(config: Config, topology: str) -> dict[str, Any]:
+def describe(config: Config, cell: Cell) -> dict[str, Any]:
     """The report's figures, or the compiler's complaint."""
     try:
-        return {"report": compile_for(config, topology, "train").record()}
+        return {"report": compile_for(config, cell.topology, cell.mode).record()}
     except RuntimeError as error:
         return {"failure": str(error)[-500:]}
 
@@ -103,13 +112,24 @@ def fits(figures: dict[str, Any]) -> bool:
 
 def table(recorded: list[dict[str, Any]]) -> str:
     """Markdown, a row a cell."""
-    heads = ["config", "machine", "rows a chip", "flags", "fits", "memory", "temporaries", "TFLOP", "GB of HBM"]
+    heads = [
+        "config",
+        "program",
+        "machine",
+        "rows a chip",
+        "flags",
+        "fits",
+        "memory",
+        "temporaries",
+        "TFLOP",
+        "GB of HBM",
+    ]
     heads += ["M cycles", "sent", "roofline ms", "links' share", "tokens/s a chip at most", "compile s"]
-    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    lines = [CAPTION, "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for cell in recorded:
-        asked, figures, batch = cell["settings"], cell["figures"], cell["config"]["training"]["batch_size"]
-        rows = batch / targets.parse(asked["topology"]).size
-        cells = [asked["config"], asked["topology"], f"{rows:g}", " ".join(asked["flags"]) or "-"]
+        asked, figures = cell["settings"], cell["figures"]
+        rows = cell["config"][GROUPS[asked["mode"]]]["batch_size"] / targets.parse(asked["topology"]).size
+        cells = [asked["config"], asked["mode"], asked["topology"], f"{rows:g}", " ".join(asked["flags"]) or "-"]
         if "failure" in figures:
             lines.append(f"| {' | '.join(cells)} | failed: {figures['failure'].splitlines()[-1]} |")
             continue
@@ -136,6 +156,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--configs", type=lambda text: text.split(";"), help="FILE:STRING, ';' between them")
     parser.add_argument("--topology", help="in place of the one that each config names")
     parser.add_argument("--chips", type=lambda text: text.split(","), default=[], help=f"of {', '.join(MACHINES)}")
+    parser.add_argument("--mode", choices=GROUPS, default="train", help="the program that is compiled")
     parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile")
     options, flags = parser.parse_known_args(argv)
@@ -148,8 +169,8 @@ def main(argv: list[str]) -> None:
     parsed = [cell.settings() for cell in asked]  # so that a mistake is told before anything is compiled
     found = []
     for number, (cell, config) in enumerate(zip(asked, parsed, strict=True), start=1):
-        print(f"{number} of {len(asked)}: {cell.config} for {cell.topology}", flush=True)
-        measure = lambda config=config, cell=cell: describe(config, cell.topology)
+        print(f"{number} of {len(asked)}: {cell.mode} of {cell.config} for {cell.topology}", flush=True)
+        measure = lambda config=config, cell=cell: describe(config, cell)
         found.append(recording.cell(cell._asdict(), config.to_dict(), measure))
         recording.write_table(table(recording.cells))
     print(table(recording.cells))

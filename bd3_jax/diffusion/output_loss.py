@@ -4,6 +4,9 @@ A SUBS or SEDD loss is 0 at unmasked positions, so the output layer, a large par
 there. And since a training loss is a plain sum over positions, its gradient is known as soon as a chunk's logits are:
 it is computed beside the loss, and the logits are computed once and not kept (as in Cut Cross-Entropy, Wijmans et al.,
 2024, and the like, here for any loss).
+
+Tokamax 0.0.12 has such an operation, but it returns the sum of the losses alone, all with one weight, while ours weighs
+each by its noise; and elsewhere than on TPUs it holds all logits.
 """
 
 import functools

@@ -20,7 +20,7 @@ def asked(script, tmp_path, monkeypatch):
 
     def run(*argv):
         found = []
-        monkeypatch.setattr(report, "describe", lambda config, topology: found.append((config, topology)) or FITS)
+        monkeypatch.setattr(report, "describe", lambda config, cell: found.append((config, cell)) or FITS)
         report.main([*argv, f"--out={tmp_path}"])
         return found
 
@@ -33,12 +33,13 @@ FITS = {"failure": "not tried"}
 def test_every_recipe_is_compiled_for_the_machine_that_it_names(script, asked, monkeypatch):
     monkeypatch.setattr(script("compile_report"), "fits", lambda figures: True)
     found = asked()
-    assert len(found) == 18
+    assert len(found) == 21
     for module, corpus in ((owt, "openwebtext"), (lm1b, "lm1b"), (text8, "text8")):
-        own = [(config, topology) for config, topology in found if config.data.corpus == corpus]
-        assert {topology for _, topology in own} == {module.TOPOLOGY}
+        own = [(config, cell) for config, cell in found if config.data.corpus == corpus]
+        assert {(cell.topology, cell.mode) for _, cell in own} == {(module.TOPOLOGY, "train")}
         models = [(config.objective, config.block_size if config.objective == "bd3lm" else 0) for config, _ in own]
-        assert models == [("ar", 0), ("mdlm", 0), ("sedd", 0), ("bd3lm", 4), ("bd3lm", 8), ("bd3lm", 16)]
+        rows = ("bd3lm", own[0][0].model.length)  # as the pre-training of a BD3-LM
+        assert models == [("ar", 0), ("mdlm", 0), ("sedd", 0), ("bd3lm", 4), ("bd3lm", 8), ("bd3lm", 16), rows]
         assert {config.training.batch_size for config, _ in own} == {512}
 
 
@@ -51,10 +52,15 @@ def test_a_recipe_that_fails_is_exit_status_1(asked):
 def test_the_grid_has_4_rows_a_chip(asked):
     found = asked("--chips=v5e", "--config.model.remat=block")
     assert len(found) == 2 * 2 * 6
-    batches = {topology: config.training.batch_size for config, topology in found}
+    batches = {cell.topology: config.training.batch_size for config, cell in found}
     assert batches == {"v5e:2x2": 16, "v5e:16x16": 1024}
     assert {config.model.width for config, _ in found} == {768, 1024}
     assert {config.model.remat for config, _ in found} == {"block"}
+
+
+def test_the_grid_of_another_program(asked):
+    found = asked("--chips=v5e", "--mode=sample")
+    assert {(cell.mode, config.sampling.batch_size) for config, cell in found} == {("sample", 16), ("sample", 1024)}
 
 
 def test_the_yardstick_is_a_setting_that_is_allowed(script, asked, monkeypatch):
@@ -87,6 +93,6 @@ def test_it_goes_on_where_it_was(script, tmp_path, monkeypatch):
     (cell,) = json.loads((tmp_path / "results.json").read_text())
     assert cell["figures"]["report"]["fits"]
     assert cell["figures"]["report"]["rows"] == 4
-    assert "| configs/owt.py:ar | cpu:2 | 2 |" in (tmp_path / "table.md").read_text()
+    assert "| configs/owt.py:ar | train | cpu:2 | 2 |" in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(report, "compile_for", None)  # what is in the file is not compiled again
     report.main(argv)
