@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.conditional import Row, score
-from bd3_jax.evaluation.perplexity import describe
+from bd3_jax.evaluation.result import describe
 from bd3_jax.pretrained import Pretrained, load_pretrained
 from bd3_jax.sampling.drawing import Drawn, draw
 from bd3_jax.sampling.sampler import Sampler

@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from bd3_jax.checkpoints.published import TOKENIZERS
+from bd3_jax.checkpoints.architecture import TOKENIZERS
 from bd3_jax.checkpoints.source import Weights
 from bd3_jax.data.manifest import load_manifest
 from bd3_jax.errors import UserError

@@ -11,13 +11,15 @@ from etils import epath
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from bd3_jax.checkpoints.published import TOKENIZER, TOKENIZERS, USUAL_IDS, Architecture
+from bd3_jax.checkpoints.architecture import TOKENIZERS, USUAL_IDS, Architecture
+from bd3_jax.checkpoints.published import TOKENIZER
 from bd3_jax.checkpoints.source import Source, Weights, open_source
 from bd3_jax.config import SAMPLERS, Config, EvalConfig, ModelConfig, SamplingConfig, can_clip
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.perplexity import Result, batches, sequence_losses
+from bd3_jax.evaluation.perplexity import batches, sequence_losses
+from bd3_jax.evaluation.result import Result
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.models.network import Params
 from bd3_jax.sampling.drawing import Drawn, draw

@@ -19,7 +19,8 @@ from bd3_jax.config import Config
 from bd3_jax.configs import quickstart
 from bd3_jax.data.pipeline import Dataset, open_dataset, train_batches
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.perplexity import batches, open_run, pool, sequence_losses
+from bd3_jax.evaluation.perplexity import batches, open_run, sequence_losses
+from bd3_jax.evaluation.result import pool
 from bd3_jax.language_model import LanguageModel
 
 BATCH = quickstart.get_config().eval.batch_size  # of the small models

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from etils import epath
 
 from bd3_jax.checkpoints import orbax, published, pytorch, run_folder
-from bd3_jax.checkpoints.published import Architecture
+from bd3_jax.checkpoints.architecture import Architecture
 from bd3_jax.config import Config
 from bd3_jax.errors import UserError
 from bd3_jax.folders import reachable

@@ -10,7 +10,8 @@ from bd3_jax.config import Config
 from bd3_jax.data.manifest import is_prepared, load_manifest
 from bd3_jax.data.pipeline import open_dataset
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.perplexity import Result, check_tokenizer, describe, evaluate_params, open_run
+from bd3_jax.evaluation.perplexity import check_tokenizer, evaluate_params, open_run
+from bd3_jax.evaluation.result import Result, describe
 from bd3_jax.folders import require_writable
 from bd3_jax.metrics import EVALUATIONS, append_metrics
 

@@ -13,7 +13,8 @@ from bd3_jax.data.pipeline import Dataset, eval_batches
 from bd3_jax.data.streaming import Stream
 from bd3_jax.data.tokenizers import Tokenizer
 from bd3_jax.evaluation.interval_search import SearchResult, candidates, search_interval
-from bd3_jax.evaluation.perplexity import Result, estimates, evaluate_params
+from bd3_jax.evaluation.perplexity import estimates, evaluate_params
+from bd3_jax.evaluation.result import Result
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sampling.drawing import draw
 from bd3_jax.sampling.infilling import resolve

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bd3_jax.checkpoints.published import config_json, read_architecture
+from bd3_jax.checkpoints.architecture import config_json, read_architecture
 from bd3_jax.config import ScheduleName
 from bd3_jax.errors import UserError
 from bd3_jax.pretrained import load_pretrained

@@ -15,6 +15,7 @@ from bd3_jax.data.pipeline import Dataset
 from bd3_jax.data.tokenizers import bytes_tokenizer, train_bpe
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import perplexity
+from bd3_jax.evaluation.result import Result, pool
 from bd3_jax.language_model import LanguageModel
 from bd3_jax.sharding import batch_sharding, make_mesh
 
@@ -154,9 +155,9 @@ def test_standard_error_is_that_of_repeated_samples():
         counts = rng.integers(5, 30, 200)
         return counts * 2 + rng.normal(size=200) * np.sqrt(counts), counts
 
-    pooled = np.array([perplexity.pool(*draw()) for _ in range(2000)])
+    pooled = np.array([pool(*draw()) for _ in range(2000)])
     assert pooled[:, 0].std() == pytest.approx(pooled[:, 1].mean(), rel=0.05)
-    result = perplexity.Result(2.0, 0.01, 1, 1, 0, "exact", "test", False, True, False, "ema", 0, 8)
+    result = Result(2.0, 0.01, 1, 1, 0, "exact", "test", False, True, False, "ema", 0, 8)
     assert result.perplexity_standard_error == pytest.approx(
         np.exp(pooled[:, 0]).std() * 0.01 / pooled[:, 0].std(), rel=0.05
     )
@@ -171,9 +172,9 @@ def test_standard_error_of_stratified_noise():
         return (strata + 0.3 * rng.normal(size=(40, 8))).ravel(), np.ones(320, int)
 
     draws = [draw() for _ in range(500)]
-    means, errors = np.transpose([perplexity.pool(*each, together=8) for each in draws])
+    means, errors = np.transpose([pool(*each, together=8) for each in draws])
     assert means.std() == pytest.approx(errors.mean(), rel=0.1)
-    assert np.mean([perplexity.pool(*each)[1] for each in draws]) > 4 * means.std()
+    assert np.mean([pool(*each)[1] for each in draws]) > 4 * means.std()
 
 
 def test_batches_are_independent_where_noise_is_drawn(toy_lm, random_params, dataset):
@@ -189,11 +190,11 @@ def test_batches_are_independent_where_noise_is_drawn(toy_lm, random_params, dat
 
 
 def test_one_sequence_has_no_standard_error():
-    assert math.isnan(perplexity.pool(np.array([3.0]), np.array([2]))[1])
+    assert math.isnan(pool(np.array([3.0]), np.array([2]))[1])
 
 
 def test_table_and_record_say_how_the_figure_came_about():
-    result = perplexity.Result(2.0, 0.01, 1100, 100, 0, "low_variance", "test", False, True, False, "raw", 3, 8)
+    result = Result(2.0, 0.01, 1100, 100, 0, "low_variance", "test", False, True, False, "raw", 3, 8)
     table = result.table()
     for part in ("2.0000 +- 0.0100", "2.8854", "7.389 +- 0.074", "1,100 in 100 rows of the test split"):
         assert part in table
@@ -209,7 +210,7 @@ def test_table_and_record_say_how_the_figure_came_about():
 def test_losses_that_are_not_finite_are_counted(toy_lm, wrong, figure):
     """The third is finite, and its perplexity is not."""
     losses = np.array([[1.0], [wrong], [2.0]])
-    result = perplexity.Result.of(toy_lm("ar"), losses, 12, settings(), "test", False, True)
+    result = Result.of(toy_lm("ar"), losses, 12, settings(), "test", False, True)
     assert result.nonfinite == int(not math.isfinite(wrong))
     assert figure(result.perplexity)
     assert "perplexity" in result.table()

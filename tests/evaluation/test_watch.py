@@ -14,7 +14,8 @@ from bd3_jax.configs import base
 from bd3_jax.data.prepare import prepare
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import watch as module
-from bd3_jax.evaluation.perplexity import Result, evaluate
+from bd3_jax.evaluation.perplexity import evaluate
+from bd3_jax.evaluation.result import Result
 from bd3_jax.evaluation.suite import evaluate_suite, table
 from bd3_jax.evaluation.watch import watch
 from bd3_jax.metrics import append_metrics, read_metrics
