@@ -185,6 +185,10 @@ def _check_training(c: Config, require: Callable[..., None], at_least: Callable[
         at_least(1, f"training.{name}")
     for name in ("sample_every", "keep_every", "keep_best"):
         at_least(0, f"training.{name}")
+    saved = t.keep_every % max(t.checkpoint_every, 1) == 0
+    require(
+        saved, "training.keep_every", t.keep_every, f"a multiple of training.checkpoint_every = {t.checkpoint_every}"
+    )
     divides = t.batch_size % t.microbatches == 0
     require(divides, "training.microbatches", t.microbatches, f"a divisor of training.batch_size = {t.batch_size}")
     # Elsewhere there is no clean half, and rows of their own are worth more than copies.

@@ -123,7 +123,7 @@ class Pretrained:
           infill: a text with gaps, as in "The [MASK*3] of the city", or token ids without BOS, None where one is to be
             drawn. BD3-LM sees what comes before a gap and the rest of its block, MDLM and SEDD see all.
           **settings: fields of `config.sampling`, as in num_samples=8, max_length=256, nucleus=0.95, seed=1; what is
-            left out is as in `self.config.sampling`.
+            left out is as in `self.config.sampling`. The weights are those that were loaded.
 
         Raises:
           UserError: a setting that is unknown or that the model cannot serve, or a text without a tokenizer.
@@ -156,6 +156,7 @@ class Pretrained:
     def _sampler(
         self, prompt: str | Sequence[int], infill: str | Sequence[int | None], settings: dict[str, Any]
     ) -> tuple[Sampler, Int[np.ndarray, "S"]]:
+        _refuse(settings, ("weights",))
         c = self.sampling(**settings)
         if len(infill) and self.objective == "ar":
             raise UserError("infill is for models that denoise; ar cannot see what follows a gap")
@@ -169,11 +170,12 @@ class Pretrained:
         Args:
           texts: documents, which are joined with EOS after each and cut into rows of L tokens, the rest dropped (one
             shorter row where there are fewer than L); or rows of tokens as they are to be read, up to L long.
-          **settings: fields of `config.eval`, as in estimator="low_variance", batch_size=4, seed=1.
+          **settings: fields of `config.eval`: estimator, batch_size, seed.
 
         Raises:
           UserError: a setting that is unknown, tokens that do not fit the model, or texts without a tokenizer.
         """
+        _refuse(settings, ("weights", "split", "num_batches", "without_special", "both_estimators"))
         c = self.evaluation(**settings)
         texts = [texts] if isinstance(texts, str) else texts
         are_texts = len(texts) > 0 and isinstance(texts[0], str)
@@ -265,6 +267,13 @@ class Pretrained:
         if length % self.block_size:
             raise UserError(f"rows have {length} tokens; allowed: a multiple of the block size {self.block_size}")
         return self.model
+
+
+def _refuse(settings: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raises UserError for what would change nothing here: weights are loaded, and texts given."""
+    if found := [name for name in names if name in settings]:
+        advice = "load_pretrained(..., weights=...)" if found[0] == "weights" else "bd3 eval on a run"
+        raise UserError(f"{found[0]} is of no use here; allowed: {advice}")
 
 
 @functools.lru_cache(maxsize=16)

@@ -80,7 +80,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 sample_every=0,  # steps between samples, drawn as `sampling` says and recorded; 0: none
                 checkpoint_every=5000,
                 keep_checkpoints=2,  # the last so many
-                keep_every=0,  # besides, the checkpoints of every so many steps for good; 0: none
+                keep_every=0,  # besides, those of every so many steps for good, a multiple of checkpoint_every; 0: none
                 keep_best=0,  # besides, so many with the lowest NLL, of those at whose step there was a validation
                 sigterm_status=143,  # exit status after SIGTERM; 0 would say that all is done
                 wandb_project="",  # project of Weights & Biases (package wandb) that gets the metrics too; empty: none
@@ -100,7 +100,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 estimator="monte_carlo",
                 without_special="never",  # BOS and EOS taken out of the rows, and these cut anew: never, training (in
                 # validations during it) or always
-                both_estimators=True,  # the other one too, where there is another
+                both_estimators=True,  # the other one too, where there is another; not of --suite
                 seed=0,
                 weights="ema",  # ema or raw, in --mode=eval; a validation during training always takes ema
             ),
@@ -121,7 +121,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 nucleus=nucleus,  # P: draw from the most probable tokens that hold at most P together, one at least
                 top_k=0,  # draw from the k most probable tokens; 0: from all
                 temperature=1.0,  # divides the logits; 1e-3 or more
-                variable_length=False,  # a sample ends after its second EOS, max_length at the latest
+                variable_length=False,  # a sample ends after its second EOS if it has over 256 tokens, or at max_length
                 min_entropy=-1.0,  # nats, of the last 256 tokens; below it a sample is degenerate: discarded and drawn
                 # anew, or cut off if variable_length. 0: any will do; -1: 4 with a vocabulary like GPT-2's, else 0
                 kv_cache=True,  # keep keys and values of finished blocks (ar, bd3lm)

@@ -48,10 +48,10 @@ ROWS = 4  # sequences a chip
 
 
 CAPTION = """\
-Per chip and step (of sample: the next blocks of a batch). Nothing was run. Memory is what the compiler plans; TFLOP are
-the matrix products of the program, and GB of HBM what its operations read and write, both with every token masked, the
-most. Estimates: cycles, which the TPU compiler has of its fusions and not of kernels; the roofline, the longest of the
-times that products, HBM and links take at their published peaks; and the tokens/s that follow."""
+Per chip and step; of sample, the next blocks of a batch. Nothing was run. Memory is what the compiler plans; TFLOP are
+the matrix products of the program, and GB of HBM what its operations read and write, with every token masked, which is
+the most. Estimates: cycles, which the TPU compiler has of its fusions and not of kernels; the roofline, the longest of
+the times that products, HBM and links take at their published peaks; and the tokens/s that follow."""
 
 
 class Cell(NamedTuple):
@@ -124,11 +124,14 @@ def table(recorded: list[dict[str, Any]]) -> str:
         "TFLOP",
         "GB of HBM",
     ]
-    heads += ["M cycles", "sent", "roofline ms", "links' share", "tokens/s a chip at most", "compile s"]
+    heads += ["M cycles", "sent", "roofline ms", "links' share", "tokens/s a chip, all masked", "compile s"]
     lines = [CAPTION, "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for cell in recorded:
         asked, figures = cell["settings"], cell["figures"]
-        rows = cell["config"][GROUPS[asked["mode"]]]["batch_size"] / targets.parse(asked["topology"]).size
+        batch = cell["config"][GROUPS[asked["mode"]]]["batch_size"]
+        if "report" in figures:
+            batch = figures["report"]["rows"]  # samples fill up the chips
+        rows = batch / targets.parse(asked["topology"]).size
         cells = [asked["config"], asked["mode"], asked["topology"], f"{rows:g}", " ".join(asked["flags"]) or "-"]
         if "failure" in figures:
             lines.append(f"| {' | '.join(cells)} | failed: {figures['failure'].splitlines()[-1]} |")
@@ -143,7 +146,8 @@ def table(recorded: list[dict[str, Any]]) -> str:
             f"{report.cycles / 1e6:.1f}" if report.cycles else "-",
         ]
         tokens = rows * cell["config"]["model"]["length"]
-        bounds = [f"{1e3 * bound:.1f}", f"{times['links'] / bound:.0%}", f"{tokens / bound:,.0f}"]
+        per_second = "-" if report.mode == "sample" else f"{tokens / bound:,.0f}"
+        bounds = [f"{1e3 * bound:.1f}", f"{times['links'] / bound:.0%}", per_second]
         cells += [amount(report.traffic), *(["-"] * 3 if moved is None else bounds), f"{report.compile_seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -5,7 +5,8 @@
 
 AR, SEDD and a BD3-LM of small_models.py (likelihood.py trains them) know no BOS and EOS around rows: where a document
 ends they have learnt from the EOS between documents, in rows that are shorter than most. Each draws documents of
-variable length; SEDD, which cannot go beyond its rows, fills one. A length counts tokens that are not EOS.
+variable length; SEDD, which cannot go beyond its rows, fills one, and what has an EOS within is rejected, as by the
+authors. A length counts tokens that are not EOS.
 """
 
 import argparse
@@ -46,6 +47,17 @@ def drawn(workdir: epath.Path, count: int, max_length: int) -> dict[str, Any]:
     limit = model.model.length if model.objective == "sedd" else max_length
     # SEDD: as many steps as tokens. The others' samplers have one call a token.
     samples = model.sample(num_samples=count, batch_size=32, max_length=limit, num_steps=limit, variable_length=True)
+    if model.objective == "sedd":
+        # The sampler's own stops are looked at beyond 256 tokens, which these rows do not have.
+        whole = [sample for sample in samples if model.model.ids.eos not in sample.tokens[1:]]
+        if not whole:
+            raise UserError(f"--num_samples is {count}, all of which SEDD drew with an EOS within; allowed: more")
+        return {
+            "lengths": np.array([sample.length for sample in whole]),
+            "ended_by_eos": 0,
+            "rejected": count - len(whole),
+            "limit": limit,
+        }
     return {
         "lengths": np.array([sample.length for sample in samples]),
         "ended_by_eos": sum(sample.stopped == "eos" for sample in samples),

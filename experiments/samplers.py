@@ -28,6 +28,8 @@ from bd3_jax.pretrained import Pretrained
 
 HELD_OUT = "held-out text"
 BATCH = 16
+# Settings that texts of one table share, as far as an experiment has them.
+COMMON = ("seed", "steps", "step", "num_samples")
 
 
 def samplers(block_size: int) -> dict[str, dict[str, Any]]:
@@ -93,10 +95,11 @@ def judge_all(recording: Recording, name: str) -> None:
 
 
 def rows(recording: Recording) -> dict[str, dict[str, Any]]:
-    """Name -> figures, those of the newest judge included."""
+    """Name -> figures, those of the newest judge included, of all texts that are of one seed, length and number."""
     found = {}
-    for cell in recording.cells:
-        if "text" in cell["settings"]:
+    drawn = [cell for cell in recording.cells if "text" in cell["settings"]]
+    for cell in drawn:
+        if all(cell["settings"].get(name) == drawn[-1]["settings"].get(name) for name in COMMON):
             judged = [
                 each
                 for each in recording.cells

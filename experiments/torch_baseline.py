@@ -210,7 +210,7 @@ def draw(shape: Shape, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     per_token = t.repeat_interleave(shape.block_size, dim=1)
     masked = torch.rand(x0.shape) < per_token
     masked[:, 0] = False
-    sigma = -torch.log1p(-t[:, 0]).clamp(max=-math.log(MIN_TIME))
+    sigma = (-torch.log1p(-t[:, 0])).clamp(max=-math.log(MIN_TIME))
     return torch.where(masked, shape.mask, x0), 1 / per_token, sigma
 
 

@@ -111,6 +111,7 @@ IMPOSSIBLE = [
     ),
     (dict(training__noise_copies=2, block_size=1024), "noise_copies is 2; allowed: 1 where a block is the whole row"),
     (dict(training__max_skipped=0), "config.training.max_skipped is 0; allowed: 1 or more"),
+    (dict(training__keep_every=7000), "keep_every is 7000; allowed: a multiple of training.checkpoint_every = 5000"),
     (dict(training__keep_best=-1), "config.training.keep_best is -1; allowed: 0 or more"),
     (dict(training__sigterm_status=300), "config.training.sigterm_status is 300; allowed: 0 to 255"),
     (dict(profile_steps=-1), "config.profile_steps is -1; allowed: 0 or more"),

@@ -257,6 +257,9 @@ def test_a_workdir(run):
     assert loaded.tokenizer.fingerprint == load_tokenizer("bytes").fingerprint
     assert loaded.mask_id == 257
     raw = load_pretrained(str(run), weights="raw")
+    for refused in (lambda: raw.sample(weights="ema"), lambda: raw.perplexity("a text", split="test")):
+        with pytest.raises(UserError, match="is of no use here; allowed: "):
+            refused()
     np.testing.assert_array_equal(raw.params["embedding"], 2 * np.asarray(loaded.params["embedding"]))
     assert [model.perplexity("red cat blue dog").weights for model in (loaded, raw)] == ["ema", "raw"]
 

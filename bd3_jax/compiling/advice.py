@@ -56,7 +56,7 @@ def _changes(config: Config, mode: str, held: dict[str, int], chip: Chip, chips:
     batch = config.to_dict()[group]["batch_size"]
     if batch > shards:
         fewer = max(shards, batch // 2 // shards * shards)
-        rows = f"{fewer // shards} rows a chip instead of {batch // shards}"
+        rows = f"{fewer / chips:g} rows a chip instead of {batch / chips:g}"
         yield _Change(group, "batch_size", fewer, rows)
     else:
         yield _Change("mesh", "tensor", 2 * mesh.tensor, "heads and MLP columns split over more chips")

@@ -33,7 +33,6 @@ def compile_program(config: Config, target: targets.Target, mode: str, vocab_siz
     lowered_at = time.perf_counter()
     memory, needed = {**program.beside, **program.held}, None
     cost: dict[str, Any] = {}
-    turns = program.calls.repeated if program.calls else program.turns
     moved_bytes = call_bytes = None
     text, message = "", ""
     try:
@@ -46,10 +45,10 @@ def compile_program(config: Config, target: targets.Target, mode: str, vocab_siz
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text() or ""
         if program.calls:
-            moved_bytes = traffic.moved(text, turns)
+            moved_bytes = traffic.moved(text, program.turns)
             call_bytes = moved_bytes / program.calls.number
         elif chip.platform != "cpu":
-            moved_bytes = traffic.moved(text, turns)
+            moved_bytes = traffic.moved(text, program.turns)
         memory["temporaries"] = stats.temp_size_in_bytes
         memory["batch and results"] = (
             stats.argument_size_in_bytes
@@ -81,9 +80,9 @@ def compile_program(config: Config, target: targets.Target, mode: str, vocab_siz
         compiler_seconds=seconds if seconds is not None and seconds > 0 else None,
         call_bytes=call_bytes,
         call_floor=program.calls.floor if program.calls else None,
-        cycles=hlo.estimated_cycles(text, turns),
-        collectives=hlo.collectives(text, len(devices), turns),
-        kernels=hlo.kernels(text, turns),
+        cycles=hlo.estimated_cycles(text, program.turns),
+        collectives=hlo.collectives(text, len(devices), program.turns),
+        kernels=hlo.kernels(text, program.turns),
         largest=hlo.largest_buffers(message)
         or hlo.largest_arrays(text)
         or largest_values(program.traced.jaxpr, program.rows, shards),

@@ -55,10 +55,10 @@ class Program(NamedTuple):
       held: bytes of its arguments that one chip holds before it runs, by kind.
       rows: of its batch.
       flops: of its matrix products over all devices, see `product_flops`. Of train and eval the most: with the output
-        layer at every position, though it is left out where nothing is masked. Of sample, where a block takes as many
-        network calls as it needs, those after the first count as one.
+        layer at every position, though it is left out where nothing is masked. Of sample, see `turns`.
       beside: bytes by kind of what a chip holds all the same.
-      turns: of the loops whose number of turns depends on what is drawn, as `flops` counts them.
+      turns: of the loops whose number of turns depends on what is drawn, as `flops` counts them. Of sample the network
+        calls of a block after its first, where they are known, else one.
       calls: where it samples a token a call, with keys and values kept.
     """
 
@@ -120,8 +120,12 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
     if isinstance(weights, Frozen) and config.sampling.sampler in ("first_hitting", "autoregressive"):
         read = _bytes((weights.layers, weights.final, weights.output))  # but few rows of the embedding
         calls = Calls(blocks * model.block_size, model.block_size - 1, read + context)
+    turns = calls.repeated if calls else 1
     kinds = {"weights for sampling": _bytes(weights), "context of samples": context}
-    return Program(traced, kinds, rows, product_flops(traced.jaxpr), held, calls=calls)
+    beside = held
+    if not isinstance(weights, Frozen):  # the weights are the parameters themselves
+        kinds, beside = {**held, "context of samples": context}, {}
+    return Program(traced, kinds, rows, product_flops(traced.jaxpr, turns), beside, turns, calls)
 
 
 def special_ids(config: Config, vocab_size: int) -> SpecialIds:

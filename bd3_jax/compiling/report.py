@@ -13,7 +13,7 @@ GROUPS = {"train": "training", "eval": "eval", "sample": "sampling"}  # mode -> 
 COUNTED = {
     "train": "every token masked, the most",
     "eval": "every token masked, the most",
-    "sample": "the calls of a block after its first counted as one",
+    "sample": "a call for every token where they are drawn one by one, else two calls a block",
 }
 
 

@@ -60,9 +60,10 @@ def search(
 ) -> Iterator[tuple[str, int, Report]]:
     """(policy, rows a chip, its report) for each rematerialisation policy: the largest power of two that fits.
 
-    In training it is a power of two for each microbatch; without gradients no policy but the settings' own is tried,
-    since it changes nothing. 0 rows and the report of the fewest where not even they fit. Compilations begin at the
-    settings' own batch and go up or down from there.
+    "A chip" is here all the chips of `config.mesh.tensor` that share rows. In training it is a power of two for each
+    microbatch; without gradients no policy but the settings' own is tried, since it changes nothing. 0 rows and the
+    report of the fewest where not even they fit. Compilations begin at the settings' own batch and go up or down from
+    there.
     """
     data, fsdp, _ = mesh_shape(config.mesh, targets.parse(topology).size)
     shards = data * fsdp
@@ -104,9 +105,10 @@ def main(config: Config, topology: str, mode: str, vocab_size: int, searching: b
     if searching:
         fits = False
         for policy, rows, report in search(config, topology, mode, vocab_size):
-            verdict = f"{rows} rows a chip" if rows else f"not even {report.rows} rows in all"
+            a_chip = report.rows / report.chips if rows else 0  # a row may be split over several
+            verdict = f"{a_chip:g} rows a chip" if rows else f"not even {report.rows} rows in all"
             print(f"=== config.model.remat={policy}: {verdict}\n{report.table(chip)}\n", flush=True)
-            records.append({"remat": policy, "rows_per_chip": rows, **report.record()})
+            records.append({"remat": policy, "rows_per_chip": a_chip, **report.record()})
             fits = fits or rows > 0
     else:
         report = compile_for(config, topology, mode, vocab_size)

@@ -83,7 +83,7 @@ def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: lis
         _chart("Tokens per second", series(metrics, "train/tokens_per_second")),
         _chart("Model FLOP utilisation", series(metrics, "train/mfu")),
         _chart("Steps skipped, not finite", [point for point in series(metrics, "train/skipped") if point[1]]),
-        _position_chart(metrics),
+        _position_chart(comparable(metrics), config.block_size),
     ]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -143,10 +143,11 @@ def _last(metrics: list[dict[str, Any]], name: str) -> Any:
     return next((record[name] for record in reversed(metrics) if name in record), None)
 
 
-def _position_chart(metrics: list[dict[str, Any]]) -> str:
-    """NLL at each position in a block, in the last validation."""
+def _position_chart(metrics: list[dict[str, Any]], block_size: int) -> str:
+    """NLL at each position in a block, or up to it of so many as are recorded together; in the last validation."""
     values = _last(metrics, "eval/nll_by_position") or []
-    points: Series = [(place, value) for place, value in enumerate(values, 1) if value is not None]
+    together = block_size / max(len(values), 1)
+    points: Series = [(place * together, value) for place, value in enumerate(values, 1) if value is not None]
     return _chart("Validation NLL, nats per token", points, "position in block") if len(points) > 1 else ""
 
 

@@ -40,8 +40,9 @@ def evaluate_suite(
     """Evaluates a checkpoint of a run on every prepared corpus of `ZEROSHOT`; prints and records the table.
 
     Rows have BOS and EOS around them and nothing between documents, as in the paper; BOS is given, and not counted, to
-    every model. Rows are taken as they are, whatever `eval.without_special` says. The tokenizer is the run's. With
-    TOKENIZER the name of a published one, or WORKDIR/tokenizer where it was trained, a corpus is prepared by
+    every model. Rows are taken as they are, whatever `eval.without_special` says, and by `eval.estimator` alone. The
+    tokenizer is the run's. With TOKENIZER the name of a published one, or WORKDIR/tokenizer where it was trained, a
+    corpus is prepared by
 
         bd3 prepare --config=CONFIG --config.data.corpus=ptb --config.data.directory=data/zeroshot/ptb \
             --config.data.tokenizer=TOKENIZER --config.data.insert_special=True --config.data.insert_eos=False

@@ -31,8 +31,8 @@ def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
     if (processes := jax.process_count()) > 1:
         raise UserError(f"--watch is given to {processes} processes; allowed: one, or bd3 eval --step=N in all")
     done = {record["step"] for record in read_metrics(workdir, EVALUATIONS) if _is_done_so(record, config)}
-    last = read_config(workdir).training.num_steps
-    while (waiting := [step for step in orbax.steps(workdir) if step not in done]) or last not in done:
+    # The last step is asked for anew, since a run may be continued with another number of steps.
+    while (waiting := [s for s in orbax.steps(workdir) if s not in done]) or not _is_done(workdir, done):
         if not waiting:
             time.sleep(seconds)
             continue
@@ -46,8 +46,12 @@ def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
     print(f"every checkpoint of {workdir} is evaluated")
 
 
+def _is_done(workdir: epath.Path, evaluated: set[int]) -> bool:
+    return any(step >= read_config(workdir).training.num_steps for step in evaluated)
+
+
 def _is_done_so(record: Record, config: Config) -> bool:
-    """Whether it is an evaluation with these settings. Records of before say no seed, and count as of this one."""
+    """Whether it is an evaluation with these settings. What records of before do not say counts as the same."""
     e, data = config.eval, config.data
     plain = e.without_special == "always"
     wanted = {
@@ -60,4 +64,5 @@ def _is_done_so(record: Record, config: Config) -> bool:
         and record.get("eval/estimator") in ("exact", e.estimator)
         and weights_of(record) == e.weights
         and record.get("eval/seed", e.seed) == e.seed
+        and record.get("eval/batch_size", e.batch_size) == e.batch_size
     )

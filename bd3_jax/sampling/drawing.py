@@ -239,8 +239,10 @@ class Slots:
         for slot, drawn in enumerate(self.drawing):
             if drawn is not None:
                 indices[slot], attempts[slot], first[slot] = drawn.index, drawn.rejected, drawn.blocks
-                begin = drawn.blocks * layout.stride
-                ends[slot] = layout.end(drawn.limit) - begin
+                begin, last = drawn.blocks * layout.stride, layout.tokens_of(layout.blocks_of(drawn.limit) - 1)
+                # Of a last block that is given, nothing beyond the limit is drawn either.
+                is_given = (drawn.row[last : drawn.limit] != self._sampler.model.ids.mask).all()
+                ends[slot] = (drawn.limit if is_given else layout.end(drawn.limit)) - begin
                 part = drawn.row[begin:][:width]
                 given[slot, : len(part)] = part
         seed = np.uint32(self._sampler.config.seed)

@@ -144,7 +144,7 @@ function show(call) {
   byId('at').value = call;
   // Not Math.max(...blocks): a browser limits the number of arguments.
   const blocks = of => current.pieces.filter(p => p[1] && of(p[1])).map(p => p[3]);
-  const block = call ? blocks(at => at <= call).reduce((a, b) => Math.max(a, b), 0)
+  const block = call >= current.nfe ? Infinity : call ? blocks(at => at <= call).reduce((a, b) => Math.max(a, b), 0)
     : blocks(at => at > 0).reduce((a, b) => Math.min(a, b), Infinity);
   current.pieces.forEach(([text, at, confidence, own], n) => {
     const there = at <= call, span = spans[n];

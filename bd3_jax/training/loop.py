@@ -2,7 +2,8 @@
 
 Where it starts from: the newest checkpoint in the workdir that can be read, else the weights of `config.init_from`
 (with a fresh optimiser, warm-up, average and interval), else fresh parameters from the seed. A run that was interrupted
-after any step continues with the same numbers as if it had not been.
+after any step continues with the same numbers as if it had not been. (Where it is what is measured after the last step
+that was interrupted, that is made up for; but the interval that its search finds is recorded, and in no checkpoint.)
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ def _train(config: Config, workdir: epath.Path) -> None:
         newest = summarize(workdir).step
         if stream is not None:
             _check_parts(parts, workdir, newest)
-        if newest > num_steps or (newest == num_steps and _is_measured(workdir, newest)):
+        if newest > num_steps or (newest == num_steps and _is_measured(config, workdir, newest)):
             _say(f"{workdir}: finished, {newest} steps are done; to train on, set --config.training.num_steps")
             return
         _tell_rate(config, workdir, newest)
@@ -252,10 +253,13 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _is_measured(workdir: epath.Path, step: int) -> bool:
-    """Whether the validation after the last step is done. One that was stopped is made up for, and only recorded."""
+def _is_measured(config: Config, workdir: epath.Path, step: int) -> bool:
+    """Whether all that is measured after the last step is done, or made up for, of which the records alone know."""
     position = read_position(workdir, step)
-    return position is None or position["measured"] >= step or step in (r["step"] for r in _validations(workdir))
+    if position is None or position["measured"] >= step:
+        return True
+    found = {name for record in read_metrics(workdir) if record["step"] == step for name in record}
+    return "eval/split" in found and ("samples/text" in found or not config.training.sample_every)
 
 
 def _validations(workdir: epath.Path) -> list[Record]:

@@ -16,7 +16,9 @@ PEAKS = {
     "TPU v6 lite": 918e12,  # v6e
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
 }
 _PROFILE_AFTER = 10  # steps of a session: caches and queues are full by then

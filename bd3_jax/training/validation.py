@@ -49,11 +49,10 @@ class Validation:
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
-    """Raises UserError where a batch of what is measured cannot be split over the mesh."""
-    measured = {"eval": True, "search": config.search.enabled, "sampling": config.training.sample_every > 0}
-    for group, due in measured.items():
-        if due:
-            sharding.batch_sharding(mesh, getattr(config, group).batch_size, f"config.{group}.batch_size")
+    """Raises UserError where a batch of rows to be measured cannot be split over the mesh (one of samples grows)."""
+    sharding.batch_sharding(mesh, config.eval.batch_size, "config.eval.batch_size")
+    if config.search.enabled:
+        sharding.batch_sharding(mesh, config.search.batch_size, "config.search.batch_size")
 
 
 class Validator:
@@ -105,10 +104,11 @@ class Samples:
     def __call__(self, state: TrainState, step: int, stop: StopSignals) -> dict[str, Any]:
         """Flat names for a line of `metrics.jsonl`: the texts, and means over them. Raises Stopped."""
         c = self._config
+        weights = state.ema if c.weights == "ema" else state.params
         drawn = [
             Sample.of(sample, c.seed, step, self._tokenizer)
             for sample in draw(
-                self._sampler, state.ema, self._row, c.num_samples, self._batch_size, self._split,
+                self._sampler, weights, self._row, c.num_samples, self._batch_size, self._split,
                 redraws=False,  # those of a model that has learnt little may well be degenerate
                 before_step=stop.check,
             )

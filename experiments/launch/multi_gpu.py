@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         made.error("--config.mesh.data and fsdp follow from --gpus and --fsdp")
     if not own.dry_run and (found := count_gpus()) != own.gpus:
         made.error(f"--gpus is {own.gpus}, but there are {found}, by CUDA_VISIBLE_DEVICES, else nvidia-smi -L")
-    mesh = [f"--config.mesh.data={own.gpus // own.fsdp}", f"--config.mesh.fsdp={own.fsdp}"]
+    mesh = ["--config.mesh.data=-1", f"--config.mesh.fsdp={own.fsdp}"]
     check = command.check(made, own, [*train, *mesh], f"h100:{own.gpus}")
     return command.run([*check, [sys.executable, "-m", "bd3_jax.cli", "train", *train, *mesh]], own.dry_run)
 

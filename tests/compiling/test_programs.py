@@ -44,7 +44,7 @@ def test_a_loop_of_unknown_length_is_counted_as_often_as_one_says():
 
 def tiny(string, **model):
     config = base.get_config(string)
-    config.model.update(length=16, width=16, num_layers=2, num_heads=2, cond_dim=8, **model)
+    config.model.update({**dict(length=16, width=16, num_layers=2, num_heads=2, cond_dim=8), **model})
     config.training.batch_size = config.eval.batch_size = config.sampling.batch_size = 4
     config.sampling.update(max_length=16, min_entropy=0.0)
     return from_config_dict(config)
@@ -78,6 +78,25 @@ def test_what_is_compiled_is_what_samples(string, toy_lm, random_params):
 
 
 @pytest.mark.slow
+def test_weights_are_held_once_where_sampling_has_none_of_its_own():
+    made = lambda string: programs.trace(tiny(string), "sample", jax.devices()[:1], "cpu", 300)
+    whole, frozen = made("mdlm"), made("bd3lm,block_size=4")
+    assert whole.held.keys() == {"parameters", "context of samples"}
+    assert not whole.beside
+    assert frozen.held.keys() == {"weights for sampling", "context of samples"}
+    assert frozen.beside == {"parameters": whole.held["parameters"]}
+
+
+def test_products_of_sampling_are_those_of_a_call_for_every_token():
+    """A layer more: 12 d^2 + 2 L d multiplications for each query. First calls of a block store the one before too."""
+    made = lambda layers: programs.trace(
+        tiny("bd3lm,block_size=8", num_layers=layers), "sample", jax.devices()[:1], "cpu", 300
+    )
+    fewer, more = made(2), made(3)
+    calls = more.calls.number + more.calls.number // 8
+    assert more.flops - fewer.flops == pytest.approx(2 * (12 * 16**2 + 2 * 16 * 16) * more.rows * 8 * calls, rel=0.05)
+
+
 def test_every_program_lowers_for_a_tpu():
     """Where a whole row of 128 is read attention is a kernel; a cache is read without one."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

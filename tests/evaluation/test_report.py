@@ -10,7 +10,7 @@ from etils import epath
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
-from bd3_jax.evaluation.report import _ticks, comparable, series, write_report
+from bd3_jax.evaluation.report import _position_chart, _ticks, comparable, series, write_report
 
 VOID = {"meta"}
 
@@ -79,6 +79,11 @@ def test_search_and_positions_are_drawn(run: Path) -> None:
     assert "width 1," not in page.text  # one point is no line
     assert "U[0.25, 0.75] (chosen)1.5" in page.text
     assert page.text.count("(chosen)") == 1
+
+
+def test_positions_that_are_recorded_together_stand_where_they_are() -> None:
+    chart = _position_chart([{"eval/nll_by_position": [3.0, 2.5, 2.0, 1.0]}], block_size=64)
+    assert ">60<" in chart
 
 
 def test_a_search_with_a_variance_that_is_not_finite(run: Path) -> None:

@@ -66,7 +66,7 @@ def evaluated(monkeypatch):
 
 RECORD = {
     "step": 4, "eval/split": "validation", "eval/estimator": "low_variance", "eval/weights": "ema", "eval/seed": 0,
-    "eval/insert_special": False, "eval/insert_eos": True,
+    "eval/insert_special": False, "eval/insert_eos": True, "eval/batch_size": 8,
 }  # fmt: skip
 
 
@@ -90,7 +90,14 @@ def test_what_waits_is_evaluated_though_the_last_is_done(waiting, evaluated):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"weights": "raw"}, {"seed": 1}, {"estimator": "monte_carlo"}, {"without_special": "always"}, {"split": "train"}],
+    [
+        {"weights": "raw"},
+        {"seed": 1},
+        {"batch_size": 2},
+        {"estimator": "monte_carlo"},
+        {"without_special": "always"},
+        {"split": "train"},
+    ],
 )
 def test_an_evaluation_with_other_settings_does_not_count(waiting, evaluated, changes):
     config, workdir = waiting
@@ -100,6 +107,25 @@ def test_an_evaluation_with_other_settings_does_not_count(waiting, evaluated, ch
     assert evaluated == []
     watch(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes)), workdir)
     assert evaluated == [2, 4]
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 6), (8, 6)])
+def test_a_run_that_is_continued_meanwhile(waiting, monkeypatch, first, then):
+    """With more steps than when it began, or with fewer, which it has done."""
+    config, workdir = waiting
+    steps = lambda number: dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=number))
+    run_folder.write_config(steps(first), workdir)
+    evaluated = []
+
+    def evaluate(config, workdir, step):
+        evaluated.append(step)
+        if step == 4:
+            run_folder.write_config(steps(then), workdir)
+            orbax.save_params(workdir, 6, {"x": np.zeros(2)}, 0.0, 1.0)
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    watch(config, workdir, seconds=0)
+    assert evaluated == [2, 4, 6]
 
 
 def test_several_processes_are_refused(waiting, evaluated, monkeypatch):

@@ -100,6 +100,15 @@ def test_the_gap_is_drawn_given_what_surrounds_it(make):
     assert fill([3, None, None, 5, 5]) != fill([3, None, None, 6, 6])
 
 
+def test_a_last_block_that_is_given_takes_no_calls(make):
+    """Of 14 tokens in blocks of 4, two are missing: two calls, whatever the last block holds beyond them."""
+    sampler, params = make("bd3lm", 4, sampler="first_hitting", max_length=14)
+    row = sampler.canvas([[1, None, None, *[5] * 10]])[0]
+    (drawn,) = draw(sampler, params, row, 1, 1)
+    assert (drawn.nfe, drawn.length) == (2, 14)
+    assert drawn.tokens[4:].tolist() == [5] * 10
+
+
 def test_a_text_with_gaps_through_the_bytes_tokenizer(make):
     encode = bytes_tokenizer().encode
     c, given = resolve(sampling_config("mdlm", infill="r[MASK*2]", max_length=12), encode)

@@ -19,6 +19,7 @@ from bd3_jax.evaluation import perplexity as evaluation
 from bd3_jax.evaluation.perplexity import evaluate
 from bd3_jax.folders import alone
 from bd3_jax.metrics import read_metrics
+from bd3_jax.sampling import drawing
 from bd3_jax.sampling.run import sample
 from bd3_jax.training import loop, validation
 from bd3_jax.training.loop import train
@@ -185,6 +186,27 @@ def test_a_search_that_is_interrupted_is_done_again(tiny_config, tmp_path, monke
     left = files_in(tmp_path / "stopped")
     train(config, epath.Path(tmp_path / "stopped"))
     assert files_in(tmp_path / "stopped") == left
+
+
+def test_samples_that_are_interrupted_are_drawn_again(tiny_config, tmp_path, monkeypatch):
+    """Those after the last step, whose validation is done; from the weights that are asked for."""
+    samples = {"training.sample_every": 4, "training.num_steps": 4, "sampling.weights": "raw"}
+    config, seen = tiny_config("ar", **samples), []
+
+    def draw(sampler, params, *args, **named):
+        seen.append(params)
+        if len(seen) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return drawing.draw(sampler, params, *args, **named)
+
+    monkeypatch.setattr(validation, "draw", draw)
+    with pytest.raises(SystemExit):
+        train(config, tmp_path)
+    for _ in range(2):  # once they are there, nothing is done
+        train(config, tmp_path)
+        assert [record["step"] for record in read_metrics(tmp_path) if "samples/text" in record] == [4]
+        assert len(seen) == 2
+    jax.tree.map(np.testing.assert_array_equal, seen[1], restore_params(config, tmp_path, "raw")[0])
 
 
 def test_the_status_after_sigterm_is_a_setting(tiny_config, tmp_path, monkeypatch):
