@@ -29,4 +29,5 @@ def test_figures(script, tmp_path):
     (cell,) = json.loads((tmp_path / "results.json").read_text())
     assert list(cell["figures"]) == [cost.ONE, cost.TWO, cost.PLAIN]
     assert cell["figures"][cost.ONE]["ratio"] == 1
+    assert (tmp_path / "training_cost.png").stat().st_size > 1000
     assert cell["figures"][cost.PLAIN]["temporaries"] < cell["figures"][cost.ONE]["temporaries"]
