@@ -3,8 +3,8 @@
     python experiments/attention_length.py
 
 One sequence, 4 heads of width 64, B = 16, both streams, forward and backward. Memory is what the compiler plans beyond
-operands and results; a program that would take more than half of this machine's is compiled and not run. About five
-minutes on two cores.
+operands and results; a program that would take more than half of this machine's is compiled and not run. About two
+and a half minutes on two cores.
 """
 
 import argparse

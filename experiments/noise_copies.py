@@ -5,7 +5,7 @@
 At the parameters of a trained BD3-LM, for K = 1, 2, 4 copies of each of 8 training rows (training.noise_copies): the
 variance of the gradient, summed over all parameters, from batch to batch with fresh rows and noise; seconds of forward
 and backward pass; their product beside that of K = 1, below 1 where copies pay. Rows of a K are those of the others.
-About five minutes on two cores.
+About three minutes on two cores.
 """
 
 import argparse
