@@ -8,7 +8,11 @@ documents: exactly for AR, else by the NELBO, an upper bound, with the low-varia
 bound of a row is the mean of some draws. Interrupted, it goes on where it was.
 
 Two models are compared row by row, over the same rows: the standard error of the difference is that of rows (of means
-over seeds) and that of seeds together. Where it is less than half of the difference, the table says which is lower.
+over seeds) and that of seeds together. Rows count in batches of neighbours, which have one draw of the noise and texts
+that are alike. Where the error is less than half of the difference, the table says which is lower.
+
+What training itself showed is recorded too: how long the models that begin from nothing stay on a plateau, on which
+they know little more than how frequent each token is.
 """
 
 import argparse
@@ -22,7 +26,7 @@ import numpy as np
 import small_models
 from etils import epath
 from matplotlib.figure import Figure
-from measures import by_model, compare, losses_by_row, pooled
+from measures import CURVE_STEPS, Curves, by_model, compare, curves, losses_by_row, plot_curves, pooled, record_curve
 from recording import RESULTS, Recording
 
 from bd3_jax import runtime
@@ -30,6 +34,9 @@ from bd3_jax.command_line import exit_status
 from bd3_jax.data.pipeline import open_dataset
 
 DRAWS = 8  # of the noise, for every row
+# Models that begin from nothing -> their name in the table.
+FROM_NOTHING = {"AR": "AR", small_models.FIRST_HALF: "first half of BD3-LMs", "MDLM": "MDLM", "SEDD": "SEDD"}
+PLATEAU = 6.0  # nats: between the plateau, which is at 6.4, and what follows
 # Tables 3 and 4, test perplexity on LM1B (65 B tokens) and OpenWebText (524 B tokens).
 PUBLISHED = {
     "AR": (22.83, 17.54),
@@ -48,11 +55,9 @@ def measure(name: str, seed: int, steps: int, runs: epath.Path) -> dict[str, Any
     return losses_by_row(config, place, dataset, np.arange(len(dataset)), DRAWS)
 
 
-def table(found: dict[str, dict[int, np.ndarray]]) -> str:
-    lines = [
-        "Test perplexity; of ours, with the standard error over rows (of means over seeds) and seeds together.",
-        "",
-    ]
+def table(found: dict[str, dict[int, np.ndarray]], trained: Curves) -> str:
+    lines = ["Test perplexity; of ours, with the standard error over batches of neighbouring rows (of means over"]
+    lines += ["seeds) and seeds together.", ""]
     lines += ["| model | by seed | perplexity | NLL, nats per token |", "| --- | --- | ---: | ---: |"]
     for name, seeds in found.items():
         nll, error, perplexity = pooled(seeds)
@@ -69,9 +74,29 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
             said = "not told apart" if abs(mean) < 2 * error else first if mean > 0 else second
             said += " (rows of one seed)" if len(seeds) == 1 else ""
             lines.append(f"| {first} | {second} | {mean:+.4f} +- {error:.4f} | {said} |")
+    if trained:
+        lines += ["", *left_plateau(trained)]
     lines += ["", "Published (tables 3 and 4).", "", "| model | LM1B | OpenWebText |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {lm1b:.2f} | {owt:.2f} |" for name, (lm1b, owt) in PUBLISHED.items()]
     return "\n".join(lines)
+
+
+def left_plateau(trained: Curves) -> list[str]:
+    """When, by `measures.curves`."""
+    seeds = sorted({seed for each in trained.values() for seed in each})
+    lines = [f"Steps until the training loss, a mean of {CURVE_STEPS} steps, was below {PLATEAU:g} nats; and that loss"]
+    lines += ["after half of the steps of the whole training.", ""]
+    heads = [f"seed {seed}: {what}" for seed in seeds for what in ("steps", "nats after half")]
+    lines += [f"| model | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+    half = max(curve["step"][-1] for each in trained.values() for curve in each.values()) / 2
+    for name, each in trained.items():
+        cells = []
+        for seed in seeds:
+            points = list(zip(*each[seed].values(), strict=True)) if seed in each else []
+            left = next((f"{step:,}" for step, loss in points if loss < PLATEAU), "never" if points else "")
+            cells += [left, next((f"{loss:.2f}" for step, loss in points if step >= half), "")]
+        lines.append(f"| {FROM_NOTHING[name]} | {' | '.join(cells)} |")
+    return lines
 
 
 def plot(found: dict[str, dict[int, np.ndarray]]) -> Figure:
@@ -91,6 +116,16 @@ def plot(found: dict[str, dict[int, np.ndarray]]) -> Figure:
     return figure
 
 
+def plot_training(trained: Curves) -> Figure:
+    """The curves of the models that begin from nothing, and the threshold of the table."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    plot_curves(axes, {FROM_NOTHING[name]: each for name, each in trained.items()})
+    axes.axhline(PLATEAU, color="gray", linewidth=0.8)
+    axes.set_title("Diffusion begins on a plateau")
+    return figure
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     small_models.add_seeds(parser)
@@ -107,9 +142,14 @@ def main(argv: list[str]) -> None:
                 lambda name=name, seed=seed: measure(name, seed, own.steps, own.runs),
             )
             found = by_model(recording.cells, own.steps)
-            recording.write_table(table(found))
+            recording.write_table(table(found, curves(recording.cells, own.steps)))
             plot(found).savefig(own.out / "likelihood.png", dpi=150)
-    print(table(found))
+        for name in FROM_NOTHING:
+            record_curve(recording, name, seed, own.steps, small_models.workdir(name, seed, own.steps, own.runs))
+        if trained := curves(recording.cells, own.steps):
+            recording.write_table(table(found, trained))
+            plot_training(trained).savefig(own.out / "training.png", dpi=150)
+    print(table(found, curves(recording.cells, own.steps)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import small_models
 from etils import epath
+from matplotlib.axes import Axes
+from recording import Recording
 from tqdm import tqdm
 
 from bd3_jax.checkpoints import orbax
@@ -22,7 +24,11 @@ from bd3_jax.errors import UserError
 from bd3_jax.evaluation.perplexity import batches, open_run, sequence_losses
 from bd3_jax.evaluation.result import pool
 from bd3_jax.language_model import LanguageModel
+from bd3_jax.metrics import read_metrics
 
+Curves = dict[str, dict[int, dict[str, list[float]]]]
+"""Name -> seed -> what `loss_curve` returns."""
+CURVE_STEPS = 200  # of which a curve of training has the mean loss
 BATCH = quickstart.get_config().eval.batch_size  # of the small models
 
 
@@ -57,9 +63,49 @@ def by_model(cells: list[dict[str, Any]], steps: int) -> dict[str, dict[int, np.
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in small_models.MODELS}
     for cell in cells:
         asked, figures = cell["settings"], cell["figures"]
-        if asked["steps"] == steps:
+        if "model" in asked and asked["steps"] == steps:  # no curve
             found[asked["model"]][asked["seed"]] = np.array(figures["rows"]) / figures["counted"]
     return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def record_curve(recording: Recording, name: str, seed: int, steps: int, place: epath.Path) -> None:
+    """The training loss of a model, where it is trained and still there."""
+    if config := small_models.finished_config(place):
+        recording.cell({"curve": name, "seed": seed, "steps": steps}, config.to_dict(), lambda: loss_curve(place))
+
+
+def loss_curve(place: epath.Path) -> dict[str, list[float]]:
+    """Mean training losses of `CURVE_STEPS` steps each, and their last steps."""
+    lines = [line for line in read_metrics(place) if line.get("train/loss") is not None]
+    logged = {line["step"]: line["train/loss"] for line in lines}
+    parts: dict[int, list[float]] = {}
+    for step, loss in sorted(logged.items()):
+        parts.setdefault(math.ceil(step / CURVE_STEPS) * CURVE_STEPS, []).append(loss)
+    return {"step": list(parts), "loss": [round(float(np.mean(losses)), 4) for losses in parts.values()]}
+
+
+def curves(cells: list[dict[str, Any]], steps: int) -> Curves:
+    """What `record_curve` has recorded."""
+    found: Curves = {}
+    for cell in cells:
+        asked = cell["settings"]
+        if "curve" in asked and asked["steps"] == steps:
+            found.setdefault(asked["curve"], {})[asked["seed"]] = cell["figures"]
+    return found
+
+
+def plot_curves(axes: Axes, found: Curves) -> None:
+    """A colour for each model, a dash for each seed."""
+    seeds = sorted({seed for each in found.values() for seed in each})
+    styles = dict(zip(seeds, itertools.cycle(("-", "--", ":", "-.")), strict=False))
+    for place, (name, each) in enumerate(found.items()):
+        axes.plot([], [], color=f"C{place}", label=name)
+        for seed, curve in each.items():
+            axes.plot(curve["step"], curve["loss"], styles[seed], color=f"C{place}")
+    for seed, style in styles.items():
+        axes.plot([], [], style, color="gray", label=f"seed {seed}")
+    axes.set(xlabel="step", ylabel=f"training loss, mean of {CURVE_STEPS} steps (nats)")
+    axes.legend(loc="upper right")
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

@@ -101,9 +101,17 @@ def finished(steps: int = STEPS, runs: epath.Path = RUNS) -> list[tuple[str, int
     found = []
     for name in MODELS:
         for place in runs.glob(workdir(name, "*", steps, runs).name):
-            if (step := latest_step(place)) is not None and step == (config := read_config(place)).training.num_steps:
+            if config := finished_config(place):
                 found.append((name, config.seed, config, place))
     return sorted(found, key=lambda each: (each[1], list(MODELS).index(each[0])))
+
+
+def finished_config(place: epath.Path) -> Config | None:
+    """Settings of a model that has been trained to its end."""
+    step = latest_step(place)
+    if step is None or step != (config := read_config(place)).training.num_steps:
+        return None
+    return config
 
 
 def train_on(config: Config, place: epath.Path) -> None:

@@ -186,7 +186,8 @@ def test_small_models(script, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "settings", few_steps_of(tiny_config))
     argv = ["--seeds=1", "--steps=4", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     likelihood.main(argv)
-    cells = results(tmp_path / "out")
+    recorded = results(tmp_path / "out")
+    cells = recorded[:2]
     assert [(cell["settings"]["model"], cell["settings"]["seed"]) for cell in cells] == [(name, 1) for name in names]
     for cell in cells:
         name, seed = cell["settings"]["model"], cell["settings"]["seed"]
@@ -204,17 +205,39 @@ def test_small_models(script, tiny_config, tmp_path, monkeypatch):
         assert np.mean(cell["figures"]["rows"]) / cell["figures"]["counted"] == pytest.approx(wanted, rel=1e-3)
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| AR | BD3-LM B = 4 |" in text
+    for (name, place), cell in zip({"AR": "ar", "first half": "firsthalf"}.items(), recorded[2:], strict=True):
+        lines = (tmp_path / "runs" / f"{place}-seed-1-steps-4" / "metrics.jsonl").read_text().splitlines()
+        losses = [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
+        assert len(losses) == (4 if name == "AR" else 2)
+        assert cell["settings"] == {"curve": name, "seed": 1, "steps": 4}
+        assert cell["figures"] == {"step": [200], "loss": pytest.approx([np.mean(losses)], abs=1e-4)}
+    assert "| first half of BD3-LMs | never | " in text
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000
     likelihood.main(argv)
-    assert results(tmp_path / "out") == cells
+    assert results(tmp_path / "out") == recorded
 
     runs, one = f"--runs={tmp_path / 'runs'}", script("one_token_blocks")
     one.main(["--seeds=1", "--steps=4", runs, f"--out={tmp_path / 'one'}"])
-    found = {cell["settings"]["model"]: cell["figures"] for cell in results(tmp_path / "one")}
+    found = {cell["settings"].get("model"): cell["figures"] for cell in results(tmp_path / "one")}
+    assert found.pop(None)["step"] == [200]  # curves
     assert found[one.AR]["rows"] == cells[0]["figures"]["rows"]
     assert {figures["estimator"] for figures in found.values()} == {"exact"}
     # Of tokens that are masked with chance t and weigh 1/t: all but nothing is learnt in 4 steps, so losses are alike.
     assert found[one.UNIFORM]["variances"]["block_variance"] > 3 * found[one.MASKED]["variances"]["block_variance"]
     assert f"| {one.MASKED} | 1 | " in (tmp_path / "one" / "table.md").read_text()
+    assert (tmp_path / "one" / "one_token_blocks.png").stat().st_size > 1000
+
+    script("exact_orders").main(["--seed=1", "--steps=4", runs, "--rows=3", f"--out={tmp_path / 'orders'}"])
+    exact = {cell["settings"]["estimator"]: cell["figures"] for cell in results(tmp_path / "orders")}
+    batch = dataset.read([0, (len(dataset) - 1) // 2, len(dataset) - 1])  # model and parameters of the BD3-LM
+    for order in ("left_to_right", "most_confident"):
+        losses = np.asarray(model.eval_losses(params, batch, jax.random.key(5), order)) * np.asarray(
+            model.counted(model.length)
+        )
+        np.testing.assert_allclose(exact[order]["rows"], losses.sum(1), atol=2e-3)
+    assert exact["low_variance"]["nll"] == pytest.approx(exact["left_to_right"]["nll"], rel=0.1)
+    assert "| BD3-LM B = 4 | " in (tmp_path / "orders" / "table.md").read_text()
+    assert (tmp_path / "orders" / "exact_orders.png").stat().st_size > 1000
 
     quality, out = script("sample_quality"), f"--out={tmp_path / 'quality'}"
     quality.main(["--seed=1", "--steps=4", runs, out, "--num_samples=2"])
