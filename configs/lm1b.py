@@ -19,6 +19,9 @@ interval of its noise. Everything else trains for 1 M steps of 512 rows: 65 B to
 | bd3lm,block_size=8 | 29.83 | 139.3 M | 1.07 G | 37 |
 | bd3lm,block_size=4 | 28.23 | 139.3 M | 1.07 G | 37 |
 
+Of a BD3-LM the table has the two parts of its training apart. With its beginning as one block it takes
+117 + 37 = 154 chip-hours.
+
 FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
 tokens that is masked), at 40 % of the chips' peak; on v5e-16 divide the hours by 16. Published are diffusion models'
 upper bounds. Each string is compiled for `TOPOLOGY`, as for any other machine, without having it:

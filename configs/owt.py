@@ -22,6 +22,9 @@ interval of its noise. Everything else trains for 1 M steps of 512 rows: 524 B t
 | bd3lm,block_size=8 | 21.68 | 169.6 M | 1.21 G | 335 |
 | bd3lm,block_size=4 | 20.73 | 169.6 M | 1.21 G | 335 |
 
+Of a BD3-LM the table has the two parts of its training apart. With its beginning as one block it takes
+1161 + 335 = 1496 chip-hours.
+
 FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
 tokens that is masked), at 40 % of the chips' peak; on v5e-256 divide the hours by 256. Published are diffusion models'
 upper bounds. After the objective, `size=medium` takes the larger network, `size=tiny` a small one. Each string is

@@ -20,6 +20,9 @@ The recipe is that of the other corpora: AdamW 3e-4, 512 rows a step, 1 M steps;
 | bd3lm,block_size=8 | 92.4 M | 1.01 G | 70 |
 | bd3lm,block_size=4 | 92.4 M | 1.01 G | 70 |
 
+Of a BD3-LM the table has the two parts of its training apart. With its beginning as one block it takes
+211 + 70 = 281 chip-hours.
+
 FLOPs and hours are computed, not measured: the products that the loss depends on (the output layer's at the half of the
 tokens that is masked), at 40 % of the chips' peak; on v5e-16 divide the hours by 16. Each string is compiled for
 `TOPOLOGY`, as for any other machine, without having it:

@@ -99,6 +99,9 @@ def test_a_recipe_is_what_its_table_says(name):
         for batch_size in (config.training.batch_size, config.eval.batch_size, config.search.batch_size):
             assert batch_size % targets.parse(module.TOPOLOGY).size == 0
         assert config.search.enabled == (string.startswith("bd3lm") and config.block_size < lm.length)
+    first, own, both = map(int, re.search(r"(\d+) \+ (\d+) = (\d+)\s+chip-hours", module.__doc__).groups())
+    assert (first, own) == (int(rows[3][3]), int(rows[4][3]))
+    assert both == first + own
 
 
 @pytest.mark.parametrize(
