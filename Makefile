@@ -35,7 +35,7 @@ help: ## list the targets
 quickstart: export MALLOC_ARENA_MAX := 1
 quickstart: export MALLOC_MMAP_MAX_ := 0
 quickstart: export MALLOC_TRIM_THRESHOLD_ := -1
-quickstart: .venv ## prepare a corpus, train, evaluate and sample a small model (ten minutes on two cores)
+quickstart: .venv ## prepare a corpus, train, evaluate and sample a small model (about ten minutes on two cores)
 	@$(BIN)/python experiments/quickstart.py $(ARGS)
 
 check: .venv ## formatting, lint, types, import directions
