@@ -5,7 +5,7 @@ python -m bd3_jax.main --mode=train|eval|sample (the same flags)
 
 bd3 eval --watch               evaluates every checkpoint that the run saves, until its last; in one process
 bd3 eval --suite=zeroshot      evaluates on every corpus of the paper's table 5 that is prepared as
-                               --suite_data/CORPUS, and prints the published row beside it
+                               --suite_data/CORPUS; prints the published figures below, in a table of their own
 
 --config   settings, as in configs/quickstart.py:bd3lm,block_size=8; without it, those in DIR/config.json
 --workdir  folder of the run: checkpoints, metrics, samples

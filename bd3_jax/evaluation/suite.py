@@ -92,25 +92,30 @@ def evaluate_suite(
 
 
 def table(config: Config, name: str, results: dict[str, Result]) -> str:
-    """Our row, with standard errors in a row of its own, beside the paper's row for that model."""
-    block_size = config.block_size if config.objective == "bd3lm" else 0
-    paper = PUBLISHED.get((config.objective, block_size))
+    """Ours, with their standard errors in a row; then what the paper has of that model, as a table of its own."""
     found = [results.get(corpus) for corpus, *_ in ZEROSHOT]
-    rows = [
-        ["", *(title for _, title, _ in ZEROSHOT)],
+    titles = ["", *(title for _, title, _ in ZEROSHOT)]
+    ours = [
+        titles,
         [name, *(f"{result.perplexity:.2f}" if result else "-" for result in found)],
         ["standard error", *(f"{result.perplexity_standard_error:.2f}" if result else "-" for result in found)],
-        ["published", *(f"{value:.2f}" for value in paper or [])],
     ]
-    if paper is None:
-        rows[-1] = ["published", *("-" for _ in ZEROSHOT)]
-    lines = ["  ".join([f"{row[0]:<20.20}", *(f"{cell:>9}" for cell in row[1:])]).rstrip() for row in rows]
     kind = f"perplexity ({describe(next((result.estimator for result in found if result), 'exact'))})"
     missing = [corpus for corpus, *_ in ZEROSHOT if corpus not in results]
     notes = [f"{kind}; rows of {config.model.length} tokens with BOS and EOS, nothing between documents"]
     if missing:
         notes.append(f"not prepared: {', '.join(missing)}")
-    return "\n".join([*lines, *notes])
+    block_size = config.block_size if config.objective == "bd3lm" else 0
+    model = f"{config.objective}, B = {block_size}" if block_size else config.objective
+    paper = PUBLISHED.get((config.objective, block_size))
+    published = [f"published (table 5): {'a model trained on OpenWebText' if paper else f'none for {model}'}"]
+    if paper:
+        published = ["", *published, *_lines([titles, [model, *(f"{value:.2f}" for value in paper)]])]
+    return "\n".join([*_lines(ours), *notes, *published])
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    return ["  ".join([f"{row[0]:<20.20}", *(f"{cell:>9}" for cell in row[1:])]).rstrip() for row in rows]
 
 
 def _names() -> str:

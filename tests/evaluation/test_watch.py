@@ -185,16 +185,25 @@ def test_no_model_is_asked_for_bos_by_the_suite(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("string", "published"),
+    ("string", "model", "published"),
     [
-        ("bd3lm,block_size=4", "96.81"),
-        ("ar", "81.07"),
-        ("mdlm", "90.96"),
-        ("sedd", "96.33"),
-        ("bd3lm,block_size=8", "-"),
+        ("bd3lm,block_size=4", "bd3lm, B = 4", "96.81"),
+        ("ar", "ar", "81.07"),
+        ("mdlm", "mdlm", "90.96"),
+        ("sedd", "sedd", "96.33"),
+        ("bd3lm,block_size=8", "bd3lm, B = 8", None),
     ],
 )
-def test_the_published_row_is_that_of_the_model(string, published):
+def test_what_is_published_of_the_model_is_a_table_of_its_own(string, model, published):
     result = Result(4.0, 0.01, 100, 10, 0, "low_variance", "validation", True, False, False, "ema", 0, 8)
-    lines = table(from_config_dict(base.get_config(string)), "mine", {"ptb": result}).splitlines()
-    assert [line.split()[-7] for line in lines[1:4]] == ["54.60", "0.55", published]
+    text = table(from_config_dict(base.get_config(string)), "mine", {"ptb": result})
+    if published is None:
+        assert text.endswith(f"\npublished (table 5): none for {model}")
+        return
+    ours, theirs = (part.splitlines() for part in text.split("\n\n"))
+    assert [line.split()[-7] for line in ours[1:3]] == ["54.60", "0.55"]
+    assert not any("published" in line for line in ours)
+    assert theirs[0] == "published (table 5): a model trained on OpenWebText"
+    assert theirs[1] == ours[0]
+    assert theirs[2].startswith(model)
+    assert theirs[2].split()[-7] == published
