@@ -20,22 +20,27 @@ from bd3_jax.metrics import kind, read_all, read_records
 Series = list[tuple[float, float]]
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #2563eb; --second: #d97706; --grid: #8884; --text: #1f2328; --soft: #656d76;
+:root { color-scheme: light dark; --line: #2563eb; --grid: #8884; --text: #1f2328; --soft: #656d76;
   --page: #fff; --card: #f6f8fa; }
-@media (prefers-color-scheme: dark) { :root { --line: #79a8ff; --second: #f0b45b; --text: #e6edf3; --soft: #9198a1;
-  --page: #0d1117; --card: #161b22; } }
+@media (prefers-color-scheme: dark) { :root { --line: #79a8ff; --text: #e6edf3; --soft: #9198a1; --page: #0d1117;
+  --card: #161b22; } }
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-figure, pre, blockquote { margin: 0; padding: .8rem; background: var(--card); border-radius: .5rem; overflow-x: auto; }
-figcaption { font-weight: 600; margin-bottom: .3rem; } svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--soft); font-size: 11px; } blockquote { margin-bottom: .8rem; white-space: pre-wrap;
+.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+figure, pre, blockquote { margin: 0; padding: .8rem; background: var(--card); border-radius: .5rem; }
+pre { overflow-x: auto; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+figcaption .soft { font-weight: 400; white-space: nowrap; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
+svg text { fill: var(--soft); font-size: 11px; } @media (max-width: 34rem) { svg text { font-size: 15px; } }
+blockquote { margin-bottom: .8rem; white-space: pre-wrap;
   overflow-wrap: anywhere; } blockquote footer { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
-table { border-collapse: collapse; margin-bottom: 1.5rem; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: left; font-weight: 400; }
-td + td, th + th { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.soft { color: var(--soft); }
+table { border-collapse: collapse; margin: 1rem 0 1.5rem; }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: bottom; font-weight: 400;
+  overflow-wrap: anywhere; }
+td + td, th + th { padding-right: 0; text-align: right; font-variant-numeric: tabular-nums; }
+td + td { white-space: nowrap; }
+.chosen td { font-weight: 600; } .soft { color: var(--soft); }
 """
 
 
@@ -105,9 +110,14 @@ def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: lis
 def _last_values(metrics: list[dict[str, Any]]) -> str:
     last = {name: value for record in metrics for name, value in record.items() if type(value) in (int, float)}
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:,.6g}</td></tr>" for name, value in sorted(last.items())
+        f"<tr><td>{_breakable(name)}</td><td>{_full(value)}</td></tr>" for name, value in sorted(last.items())
     )
     return f"<table><tr><th class=soft>metric</th><th class=soft>last value</th></tr>{rows}</table>"
+
+
+def _breakable(name: str) -> str:
+    """May go on in the next line after a slash or an underscore."""
+    return html.escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _sample(sample: dict[str, Any]) -> str:
@@ -162,7 +172,8 @@ def _search(metrics: list[dict[str, Any]]) -> str:
     charts = [_chart(title, points, "lower bound") for title, points in lines if len(points) > 1]
     charts += [_chart(f"Chosen {name} bound", series(metrics, f"search/{name}")) for name in ("low", "high")]
     cells = "".join(
-        f"<tr><td>U[{low:g}, {high:g}]{' (chosen)' if [low, high] == chosen else ''}</td>"
+        f"<tr{' class=chosen' if [low, high] == chosen else ''}>"
+        f"<td>U[{low:g}, {high:g}]{' (chosen)' if [low, high] == chosen else ''}</td>"
         f"<td>{'not finite' if value is None else f'{value:,.6g}'}</td></tr>"
         for low, high, value in rows
     )
@@ -183,7 +194,7 @@ def _chart(title: str, points: Series, axis: str = "step") -> str:
     """A line chart as SVG; the vertical axis holds the data, not zero."""
     if not points:
         return ""
-    width, height, left, right, top, bottom = 480, 240, 52, 12, 10, 24
+    width, height, left, right, top, bottom = 480, 240, 60, 12, 10, 24
     steps, values = [p[0] for p in points], [p[1] for p in points]
     low, high = _padded(min(values), max(values))
     first, last = min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1
@@ -196,18 +207,26 @@ def _chart(title: str, points: Series, axis: str = "step") -> str:
     for value in _ticks(low, high):
         _, y = place(first, value)
         grid.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>')
-        grid.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+        grid.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:,.10g}</text>')
     for step in _ticks(first, last):
         x, _ = place(step, low)
-        grid.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{step:,.6g}</text>')
+        grid.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{step:,.10g}</text>')
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
     line = f'<polyline points="{path}" fill="none" stroke="var(--line)" stroke-width="1.8"/>'
     x, y = place(*points[-1])
     dot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--line)"/>'
-    caption = f"{html.escape(title)}, by {axis} <span class=soft>last {values[-1]:.4g}</span>"
+    caption = f"{html.escape(title)}, by {axis} <span class=soft>last {_short(values[-1])}</span>"
     label = f"{html.escape(title)} by {axis}"
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(grid)}{line}{dot}</svg>'
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+
+
+def _full(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -216,8 +235,8 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers in [low, high]."""
+    """Two to six round numbers in [low, high]."""
     raw = (high - low) / 5
     magnitude = 10 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -2,12 +2,13 @@
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.browser import needs_chromium, open_page
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,7 +87,7 @@ def test_what_is_gone_is_a_warning(tmp_path, text, told):
     assert told in ended.stderr
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [360, 1200])
 def test_no_page_is_wider_than_the_window(site, tmp_path, width):
     names = ["index", "tutorial", "faq", "preparing_large_corpora", "settings", "api/bd3_jax.diffusion", "api/bd3_jax"]
@@ -98,9 +99,6 @@ def test_no_page_is_wider_than_the_window(site, tmp_path, width):
       });
     """
     (tmp_path / "frames.html").write_text(f"<!doctype html><title></title>{frames}<script>{script}</script>")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    command = ["chromium", *flags, "--virtual-time-budget=4000", (tmp_path / "frames.html").as_uri()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    found = [int(part) for part in re.search(r"<title>(.*?)</title>", ended.stdout)[1].split()]
+    found = [int(part) for part in open_page(tmp_path / "frames.html").title.split()]
     assert len(found) == len(names)
     assert max(found) <= width

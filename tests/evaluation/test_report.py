@@ -1,18 +1,23 @@
 """The HTML page of a run: what it shows, that it needs no network, and that a run's text stays text."""
 
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from etils import epath
 
+from bd3_jax.config import Config
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import base
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation.report import _position_chart, _ticks, comparable, series, write_report
+from bd3_jax.sampling.run import sample
+from bd3_jax.training.loop import train
+from tests.browser import needs_chromium, open_page
 
-VOID = {"meta"}
+VOID = {"meta", "wbr"}
 
 
 class Page(HTMLParser):
@@ -65,6 +70,18 @@ def test_page_is_well_formed_offline_and_escaped(run: Path) -> None:
     assert "<script>alert(1)</script> & more" in page.text
     assert "entropy 1.25" in page.text
     assert not page.links
+
+
+def test_large_numbers_have_no_exponent(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, value in ((200, 20_000), (1_000_000, 123_456.7)):
+            file.write(json.dumps({"step": step, "train/tokens_per_second": value}) + "\n")
+    page = Page(write_report(epath.Path(run)).read_text())
+    assert "Tokens per second, by step last 123,457" in page.text
+    assert "75,000100,000125,000" in page.text
+    assert "800,0001,000,000" in page.text
+    assert "step1,000,000" in page.text
+    assert "e+0" not in page.text
 
 
 def test_search_and_positions_are_drawn(run: Path) -> None:
@@ -152,10 +169,10 @@ def test_evaluations_that_do_not_say_their_weights_are_of_the_average() -> None:
     assert comparable(records) == records
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 1e6), (1e-9, 2e-9), (6.2, 6.9), (0, 2400)])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 1e6), (1e-9, 2e-9), (6.2, 6.9), (0, 2400), (4, 105)])
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     ticks = _ticks(low, high)
-    assert 3 <= len(ticks) <= 9
+    assert 3 <= len(ticks) <= 6
     assert all(low - 1e-9 * (high - low) <= tick <= high + 1e-9 * (high - low) for tick in ticks)
 
 
@@ -165,3 +182,80 @@ def test_samples_of_something_else_are_refused(run: Path, sample: dict) -> None:
     with pytest.raises(UserError, match=r"samples\.jsonl has a record without text"):
         write_report(epath.Path(run))
     assert not (run / "report.html").exists()
+
+
+SEEN = """
+  const light = text => {
+    const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const [r, g, b] = text.match(/[\\d.]+/g).map(c => linear(c / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = element => {
+    for (; element; element = element.parentElement) {
+      const color = getComputedStyle(element).backgroundColor;
+      if (color !== 'rgba(0, 0, 0, 0)') return color;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const contrast = element => {
+    const style = getComputedStyle(element), color = element.closest('svg') ? style.fill : style.color;
+    const [low, high] = [light(color), light(behind(element))].sort((a, b) => a - b);
+    return (high + .05) / (low + .05);
+  };
+  const seen = frame => {
+    const page = frame.contentDocument, window = frame.contentWindow;
+    const all = [...page.body.querySelectorAll('*')];
+    const texts = all.filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
+    return {
+      width: page.documentElement.scrollWidth,
+      dark: window.matchMedia('(prefers-color-scheme: dark)').matches,
+      headings: [...page.querySelectorAll('h1, h2')].map(e => e.textContent),
+      charts: [...page.querySelectorAll('svg')].map(e => e.getAttribute('aria-label')),
+      fetched: window.performance.getEntriesByType('resource').map(e => e.name),
+      contrast: Math.min(...texts.map(contrast)),
+      letters: Math.min(...texts.map(e => parseFloat(getComputedStyle(e).fontSize)
+        * (e.closest('svg') ? e.closest('svg').getBoundingClientRect().width / 480 : 1))),
+    };
+  };
+  addEventListener('load', () => {
+    document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(seen));
+  });
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
+    """A run that has all that a report may show: a search, positions in blocks, samples of several lengths."""
+    workdir = epath.Path(tmp_path_factory.mktemp("run") / "a_run_with_a_name_without_a_break_as_those_of_recipes_have")
+    search = {"enabled": True, "num_batches": 1, "batch_size": 8, "widths": (0.5, 0.9)}
+    settings = {"training.num_steps": 8, "eval.estimator": "low_variance", "noise.resample": True}
+    settings |= {f"search.{name}": value for name, value in search.items()}
+    config = tiny_config("bd3lm,block_size=4", **settings)
+    train(config, workdir)
+    sample(config, workdir)
+    return workdir
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(trained: epath.Path, tmp_path: Path, dark: bool) -> None:
+    """Of a real run, narrow and wide, by day and by night: all is there, fits and can be read; nothing is fetched."""
+    page = Path(write_report(trained))
+    frames = "".join(f'<iframe src="{page.as_uri()}" width="{width}"></iframe>' for width in (400, 1400))
+    head = "<!doctype html><title></title><style>:root { color-scheme: light dark; }</style>"
+    (tmp_path / "frames.html").write_text(f"{head}{frames}<script>{SEEN}</script>")
+    opened = open_page(tmp_path / "frames.html", f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+    assert not opened.console
+    narrow, wide = json.loads(opened.title)
+    for seen, width in ((narrow, 400), (wide, 1400)):
+        assert seen["width"] <= width
+        assert seen["dark"] == dark
+        title = f"{trained.name}: bd3lm, block size 4, files"
+        assert seen["headings"] == [title, "Search of the interval", "Samples", "Lengths", "Metrics", "Settings"]
+        charts = " ".join(seen["charts"])
+        for name in ("Training loss", "Validation perplexity", "Validation NLL", "Variance at width", "Samples at"):
+            assert name in charts
+        assert seen["fetched"] == []
+        assert seen["contrast"] >= 4.5
+        assert seen["letters"] >= 10

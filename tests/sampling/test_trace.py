@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from bd3_jax.data.tokenizers import bytes_tokenizer
 from bd3_jax.sampling.block import Layout
 from bd3_jax.sampling.drawing import Drawn
 from bd3_jax.sampling.trace import Piece, Trace, page
+from tests.browser import needs_chromium, open_page
 
 TOKENIZER = bytes_tokenizer()
 LAYOUT = Layout(size=4, stride=4, num_blocks=4)
@@ -64,7 +63,7 @@ def test_text_cannot_break_out_of_the_page():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")
+@needs_chromium
 def test_in_a_browser(tmp_path):
     """Opened in Chromium, stepped through and played: the text that is visible after each call."""
     html = page("replay", [Trace.of(drawn_from("abcdefgh", [0, 0, 0, 2, 1, 4, 3, 5]), LAYOUT, TOKENIZER)])
@@ -85,10 +84,7 @@ def test_in_a_browser(tmp_path):
     """
     file = tmp_path / "trace.html"
     file.write_text(html.replace("choose(0);\n</script>", f"choose(0);\n{script}</script>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
-    ended = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=False)
-    title = re.search(r"<title>(.*?)</title>", ended.stdout)[1].replace("&quot;", '"')
-    seen = json.loads(title.replace("\u2591", "_"))
+    seen = json.loads(open_page(file).title.replace("\u2591", "_"))
     assert seen == [
         "abc____", "abc_e__", "abcde__", "abcde_g", "abcdefg", "abcdefgh",  # step by step
         "abcdefg", "abcdefgh",  # back, then played to the end
