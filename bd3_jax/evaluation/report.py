@@ -108,7 +108,8 @@ def _page(name: str, config: Config, metrics: list[dict[str, Any]], samples: lis
 
 
 def _last_values(metrics: list[dict[str, Any]]) -> str:
-    last = {name: value for record in metrics for name, value in record.items() if type(value) in (int, float)}
+    kinds = (int, float, str)  # an evaluation says in words of what it is, and how it was estimated
+    last = {name: value for record in metrics for name, value in record.items() if type(value) in kinds}
     rows = "".join(
         f"<tr><td>{_breakable(name)}</td><td>{_full(value)}</td></tr>" for name, value in sorted(last.items())
     )
@@ -221,7 +222,9 @@ def _chart(title: str, points: Series, axis: str = "step") -> str:
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
-def _full(value: float) -> str:
+def _full(value: float | str) -> str:
+    if isinstance(value, str):
+        return html.escape(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 

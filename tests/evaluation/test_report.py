@@ -87,6 +87,7 @@ def test_large_numbers_have_no_exponent(run: Path) -> None:
 def test_search_and_positions_are_drawn(run: Path) -> None:
     candidates = [[0.001, 1.0, 4.0], [0.001, 0.5, 3.0], [0.25, 0.75, 1.5], [0.5, 1.0, 2.0]]
     record = {"step": 100, "eval/nll_by_position": [3.0, 2.5, None, 2.0], "search/candidates": candidates}
+    record |= {"eval/estimator": "low_variance"}
     record |= {"search/low": 0.25, "search/high": 0.75, "search/seconds": 1.5}
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -96,6 +97,7 @@ def test_search_and_positions_are_drawn(run: Path) -> None:
     assert "width 1," not in page.text  # one point is no line
     assert "U[0.25, 0.75] (chosen)1.5" in page.text
     assert page.text.count("(chosen)") == 1
+    assert "eval/estimatorlow_variance" in page.text
 
 
 def test_positions_that_are_recorded_together_stand_where_they_are() -> None:
