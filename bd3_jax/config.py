@@ -36,7 +36,7 @@ class ModelConfig:
     cond_dim: int
     dropout: float
     dtype: Literal["auto", "float32", "bfloat16"]
-    attention: Literal["auto", "dense", "decomposed", "splash", "flash"]
+    attention: Literal["auto", "dense", "decomposed", "splash", "flash", "triton"]
     attention_chunk: int
     scan_unroll: int
     remat: Literal["none", "block", "full"]

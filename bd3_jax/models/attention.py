@@ -9,6 +9,7 @@
 | BD3-LM and AR while sampling with a cache | newest blocks over everything cached | `cached` |
 
 On TPU flash.py computes those of the network's passes where it can, rotation included, on operands of its own.
+platform.py decides which backend computes them.
 
 Operands here are `[b, h, L, head_dim]`, in which products on CPU are faster than in `[b, L, h, head_dim]`. Softmax is
 in float32.
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from bd3_jax.models import chunked, splash
+from bd3_jax.models import chunked, splash, triton
+from bd3_jax.models.flash_kernels import Pattern
 from bd3_jax.models.tiles import LANES
 from bd3_jax.precision import precision_of
 
@@ -164,9 +166,30 @@ class Splash:
         return splash.attend(_joined(q), _joined(k), _joined(v), visible, self.tile, self.interpret).reshape(q.shape)
 
 
+class Triton:
+    """On GPUs, where `triton.supports` it; `interpret` runs it elsewhere, slowly."""
+
+    def __init__(self, tile: int, interpret: bool = False):
+        self.tile, self.interpret = tile, interpret
+
+    def _attend(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
+        length, head_dim = q.shape[3:]
+        tile = triton.tile_size(length, self.tile)
+        pattern = Pattern(length, block_size, k.shape[2] - 1, head_dim, tile, self.interpret)
+        return triton.attend(q, k, v, pattern)
+
+    def block_causal(self, q: Heads, k: Heads, v: Heads, block_size: int) -> Heads:
+        return self._attend(q[:, :, None], k[:, :, None], v[:, :, None], block_size)[:, :, 0]
+
+    def block_diffusion(self, q: Streams, k: Streams, v: Streams, block_size: int) -> Streams:
+        return self._attend(q, k, v, block_size)
+
+
 @functools.cache
-def get_backend(name: Literal["dense", "decomposed", "splash", "flash"], chunk: int, length: int) -> Backend:
-    """`chunk`: queries at a time. What `flash` does not take is splash, and what that does not take is decomposed."""
+def get_backend(name: Literal["dense", "decomposed", "splash", "flash", "triton"], chunk: int, length: int) -> Backend:
+    """`chunk`: queries at a time. What `flash` does not take is splash, and what no kernel takes is decomposed."""
     if name in ("flash", "splash") and length % LANES == 0:
         return Splash(chunk)
+    if name == "triton" and triton.tile_size(length, chunk) >= triton.LEAST:
+        return Triton(chunk)
     return Dense() if name == "dense" else Decomposed(chunk)

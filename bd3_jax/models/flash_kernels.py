@@ -31,8 +31,8 @@ class Pattern:
       block_size: B.
       copies: noised streams, before the clean one; 0: the clean one is all there is.
       head_dim: columns of a head.
-      tile: queries and keys at a time, a divisor of L and a multiple of 128.
-      interpret: without a TPU, for tests.
+      tile: queries and keys at a time, a divisor of L; on TPU a multiple of 128.
+      interpret: without the device, for tests.
     """
 
     length: int

@@ -3,9 +3,11 @@
 import dataclasses
 
 from bd3_jax.config import ModelConfig
+from bd3_jax.models import triton
 from bd3_jax.models.tiles import LANES
 
-KERNELS = ("flash", "splash")
+CHUNKS = {"flash": 512, "splash": 512, "triton": 64}
+"""Tiles of the kernels. Those of triton fit an H100's registers: at 128 its compiler has to spill them."""
 
 
 def settle(model: ModelConfig, platform: str) -> ModelConfig:
@@ -13,21 +15,24 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
 
     - Activations are float32 on CPU, bfloat16 elsewhere.
     - Attention is flash, in tiles of 512, on TPU where the length permits it. Elsewhere, also where a kernel was asked
-      for, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of 256 on others.
+      for that does not run there, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of
+      256 on others. On GPUs `triton` has to be asked for, since no GPU has run it yet; see triton.py.
     - Layers are unrolled on CPU and scanned elsewhere. (Scanned, a training step on CPU takes about as long, and 0.6 of
       the memory: experiments/results/step_settings.)
     - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
     """
-    on_cpu = platform == "cpu"
+    on_cpu, on_tpu = platform == "cpu", platform == "tpu"
     attention = "flash" if model.attention == "auto" else model.attention
-    if attention in KERNELS and not (platform == "tpu" and model.length % LANES == 0):
+    if attention in ("flash", "splash") and not (on_tpu and model.length % LANES == 0):
         attention = "decomposed"
-    chunk = 512 if attention in KERNELS else 64 if on_cpu else 256
+    sizes = model.length, model.width // model.num_heads, model.attention_chunk or CHUNKS["triton"]
+    if attention == "triton" and (on_cpu or on_tpu or not triton.supports(*sizes)):
+        attention = "decomposed"
     return dataclasses.replace(
         model,
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
         attention=attention,
-        attention_chunk=model.attention_chunk or chunk,
+        attention_chunk=model.attention_chunk or CHUNKS.get(attention, 64 if on_cpu else 256),
         scan_unroll=model.scan_unroll or (model.num_layers if on_cpu else 1),
         max_logits=model.max_logits or (2**24 if on_cpu else 2**26),
     )

@@ -78,7 +78,12 @@ def test_block_diffusion(length, block_size, name, chunk):
 
 @pytest.mark.parametrize(
     ("backend", "length"),
-    [(attention.Dense(), 12), (attention.Decomposed(4), 12), (attention.Splash(128, interpret=True), 128)],
+    [
+        (attention.Dense(), 12),
+        (attention.Decomposed(4), 12),
+        (attention.Splash(128, interpret=True), 128),
+        (attention.Triton(16, interpret=True), 48),
+    ],
 )
 def test_noised_copies_share_the_clean_stream(backend, length):
     """Each copy's result is that beside the clean stream alone, in values and gradients."""
@@ -103,11 +108,19 @@ def test_block_causal(length, block_size, name, chunk):
     assert_same(lambda *x: backend.block_causal(*x, block_size), lambda *x: reference(*x, mask), args)
 
 
-@pytest.mark.parametrize("block_size", [16, 24])
-def test_splash_on_two_tiles(block_size):
-    """In the interpreter: lengths of two tiles, block sizes that divide a tile and that do not."""
-    length = 256 if block_size == 16 else 384
-    backend = attention.Splash(tile=128, interpret=True)
+@pytest.mark.parametrize(
+    ("kernels", "tile", "length", "block_size"),
+    [
+        (attention.Splash, 128, 256, 16),
+        (attention.Splash, 128, 384, 24),
+        (attention.Triton, 16, 48, 12),
+        pytest.param(attention.Triton, 16, 32, 1, marks=pytest.mark.slow),
+        pytest.param(attention.Triton, 16, 32, 32, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_on_several_tiles(kernels, tile, length, block_size):
+    """In the interpreter: block sizes that divide a tile, that do not, and that are larger."""
+    backend = kernels(tile, interpret=True)
     dense = attention.Dense()
     q, k, v, cotangent = (x[:1, :2] for x in operands(2, length))
     both = [lambda *x, b=b: b.block_diffusion(*x, block_size) for b in (backend, dense)]

@@ -31,6 +31,11 @@ def test_kernels_where_they_can_be():
     assert settle(dataclasses.replace(MODEL, attention="splash"), "tpu").attention == "splash"
     assert settle(dataclasses.replace(MODEL, length=1000), "tpu").attention == "decomposed"
     assert settle(MODEL, "gpu").attention == "decomposed"
-    for kernel in ("flash", "splash"):
+    asked = dataclasses.replace(MODEL, attention="triton")
+    assert [settle(asked, platform).attention for platform in ("gpu", "cuda", "tpu")] == ["triton"] * 2 + ["decomposed"]
+    assert settle(asked, "gpu").attention_chunk == 64
+    assert settle(dataclasses.replace(asked, length=1000), "gpu").attention == "decomposed"
+    assert settle(dataclasses.replace(asked, num_heads=16), "gpu").attention == "decomposed"  # 48 wide
+    for kernel in ("flash", "splash", "triton"):
         taken_to_a_laptop = dataclasses.replace(MODEL, attention=kernel)
         assert settle(taken_to_a_laptop, "cpu").attention == "decomposed"
