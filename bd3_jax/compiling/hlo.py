@@ -12,6 +12,8 @@ _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-al
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
+_TPU_KERNEL = re.compile(r'\s+(?:ROOT )?%?([\w-]+).*custom_call_target="tpu_custom_call"')
+_GPU_KERNEL = re.compile(r'custom_call_target="__gpu\$xla\.gpu\.triton".*\bname = "(\w+)"')
 _FLOW = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) (while|conditional|call)\(")
 _TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 _LARGEST = re.compile(r"Size: ([\d.]+[KMG]?)\n(?:\s+Operator: op_name=\"([^\"]*)\"[^\n]*\n)?\s+Shape: (\S+)")
@@ -188,11 +190,11 @@ def estimated_cycles(text: str, turns: float) -> int:
 
 
 def kernels(text: str, turns: float) -> dict[str, int]:
-    """How often each Pallas kernel for TPU runs, by name; for `turns` see `instructions`."""
+    """How often each Pallas kernel runs, by name; for `turns` see `instructions`."""
     lines, entry = computations(text)
     totals: dict[str, float] = defaultdict(float)
     for _, line, times in instructions(lines, entry, turns):
-        if 'custom_call_target="tpu_custom_call"' in line and (name := re.match(r"\s+(?:ROOT )?%?([\w-]+)", line)):
+        if name := _TPU_KERNEL.match(line) or _GPU_KERNEL.search(line):
             totals[name[1]] += times
     return {name: round(total) for name, total in totals.items()}
 

@@ -38,7 +38,7 @@ class Report:
       compiler_seconds: the compiler's own estimate, where it has one.
       cycles: the TPU compiler's estimate over its fusions, loops included; kernels have none.
       collectives: in the order of their traffic.
-      kernels: how often each Pallas kernel for TPU runs: which attention it is.
+      kernels: how often each Pallas kernel runs: which attention it is.
       largest: buffers, the largest first.
       advice: settings that would need less memory, where it does not fit.
       lower_seconds: of tracing and lowering.

@@ -87,9 +87,12 @@ def test_cycles_count_loops():
 
 def test_kernels_count_loops():
     call = '  %flash_forward.3 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"\n'
+    triton = '  %pallas_call.7 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", '
+    triton += 'backend_config={grid_x = 8 : i32, ir = "ML\\EFR", name = "triton_forward", num_warps = 4 : i32}\n'
     other = '  %room = u8[8]{0} custom-call(), custom_call_target="AllocateBuffer"\n'
-    module = MODULE.replace("  %gathered =", f"{call}{other}  %gathered =").replace("  %made =", f"{call}  %made =", 1)
-    assert hlo.kernels(module, 1) == {"flash_forward": 12}
+    module = MODULE.replace("  %gathered =", f"{call}{other}{triton}  %gathered =")
+    module = module.replace("  %made =", f"{call}  %made =", 1)
+    assert hlo.kernels(module, 1) == {"flash_forward": 12, "triton_forward": 11}
 
 
 def test_bytes_of_shapes():
