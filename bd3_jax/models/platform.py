@@ -7,7 +7,7 @@ from bd3_jax.models import triton
 from bd3_jax.models.tiles import LANES
 
 CHUNKS = {"flash": 512, "splash": 512, "triton": 64}
-"""Tiles of the kernels. Those of triton fit an H100's registers: at 128 its compiler has to spill them."""
+"""Tiles of the kernels; see triton.py for its."""
 
 
 def settle(model: ModelConfig, platform: str) -> ModelConfig:

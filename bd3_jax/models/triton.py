@@ -19,7 +19,9 @@ moved count what a kernel reads and writes once, though it may read it again):
 | these kernels, tiles of 64 | 0.8 MiB | 3.0 MiB | 0.22 GB | 0.87 GB | 0.28 |
 
 cuDNN computes all scores, also those that nobody sees, and JAX has it compute a gradient of the bias that nobody reads.
-What memory it takes beside, and whether it takes the shapes at all, it says on a device alone.
+What memory it takes beside, and whether it takes the shapes at all, it says on a device alone. Of a training step of
+`configs/owt.py:bd3lm,block_size=4` with 4 rows, temporaries are 3.16 GiB with these kernels and 3.58 GiB without, and
+57 GB are moved in place of 116. In tiles of 64 no kernel spills registers; in tiles of 128 the backward ones do.
 
 Operands are heads first, `[b, h, s, L, k]`, products in their dtype with float32 sums; the softmax is in float32, to
 the base of 2.
