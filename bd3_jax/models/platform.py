@@ -18,7 +18,7 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
       for that does not run there, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of
       256 on others. On GPUs `triton` has to be asked for, since no GPU has run it yet; see triton.py.
     - Layers are unrolled on CPU and scanned elsewhere. (Scanned, a training step on CPU takes about as long, and 0.6 of
-      the memory: experiments/results/step_settings.)
+      the memory: experiments/results/step_settings. Sampling takes 1.1 to 1.6 times as long in most cases.)
     - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
     """
     on_cpu, on_tpu = platform == "cpu", platform == "tpu"
