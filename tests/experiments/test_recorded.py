@@ -211,7 +211,7 @@ def test_small_models(script, tiny_config, tmp_path, monkeypatch):
         assert len(losses) == (4 if name == "AR" else 2)
         assert cell["settings"] == {"curve": name, "seed": 1, "steps": 4}
         assert cell["figures"] == {"step": [200], "loss": pytest.approx([np.mean(losses)], abs=1e-4)}
-    assert "| first half of BD3-LMs | never | " in text
+    assert "| first half of BD3-LMs | 200 | " in text
     assert (tmp_path / "out" / "training.png").stat().st_size > 1000
     likelihood.main(argv)
     assert results(tmp_path / "out") == recorded
