@@ -12,7 +12,7 @@ over seeds) and that of seeds together. Rows count in batches of neighbours, whi
 that are alike. Where the error is less than half of the difference, the table says which is lower.
 
 What training itself showed is recorded too: how long the models that begin from nothing stay on a plateau, on which
-they know little more than how frequent each token is.
+they know how frequent each token is and little more (with that alone, a token of this corpus takes 6.44 nats).
 """
 
 import argparse
