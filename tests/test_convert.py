@@ -218,11 +218,17 @@ def test_an_export_without_its_tokenizer_keeps_the_ids(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ar", "bd3lm-b8", "mdlm", "sedd"])
-def test_exports_of_before_have_their_ids_from_the_tokenizer(name):
+def test_the_models_that_come_along_with_ids_and_as_exports_of_before(name, tmp_path):
+    """Those had no ids in config.json: they are the tokenizer's."""
     folder = Path(__file__).parents[1] / "experiments" / "models" / name
     loaded = load_pretrained(str(folder))
-    assert "mask_token_id" not in json.loads((folder / "config.json").read_text())
     assert loaded.architecture.ids == loaded.tokenizer.ids
+    shutil.copytree(folder, tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    old = {key: value for key, value in config.items() if not key.endswith("_token_id")}
+    assert len(old) == len(config) - 3
+    (tmp_path / name / "config.json").write_text(json.dumps(old))
+    assert load_pretrained(str(tmp_path / name)).architecture.ids == loaded.tokenizer.ids
 
 
 @pytest.mark.slow
