@@ -64,7 +64,7 @@ def table(found: dict[str, dict[int, np.ndarray]], trained: Curves) -> str:
         each = ", ".join(f"{math.exp(rows.mean()):.1f}" for _, rows in sorted(seeds.items()))
         lines.append(f"| {name} | {each} | {perplexity} | {nll:.4f} +- {error:.4f} |")
     lines += ["", "Neighbours in the published order, row by row: how much more the second needs, nats per token.", ""]
-    lines += ["| | | difference | lower |", "| --- | --- | ---: | --- |"]
+    lines += ["| | | by seed | difference | lower |", "| --- | --- | --- | ---: | --- |"]
     names = list(found)
     for first, second in itertools.pairwise(names):
         seeds = sorted(found[first].keys() & found[second].keys())
@@ -73,7 +73,8 @@ def table(found: dict[str, dict[int, np.ndarray]], trained: Curves) -> str:
             mean, error = compare(*stacked)
             said = "not told apart" if abs(mean) < 2 * error else first if mean > 0 else second
             said += " (rows of one seed)" if len(seeds) == 1 else ""
-            lines.append(f"| {first} | {second} | {mean:+.4f} +- {error:.4f} | {said} |")
+            each = ", ".join(f"{difference:+.3f}" for difference in (stacked[1] - stacked[0]).mean(1))
+            lines.append(f"| {first} | {second} | {each} | {mean:+.4f} +- {error:.4f} | {said} |")
     if trained:
         lines += ["", *left_plateau(trained)]
     lines += ["", "Published (tables 3 and 4).", "", "| model | LM1B | OpenWebText |", "| --- | ---: | ---: |"]
