@@ -1,4 +1,4 @@
-"""Trains, evaluates or samples a model; nothing but wiring.
+"""Trains, evaluates or samples a model.
 
 bd3 train|eval|sample --config=FILE.py[:STRING] --workdir=DIR [--config.GROUP.NAME=VALUE ...]
 python -m bd3_jax.main --mode=train|eval|sample (the same flags)

@@ -6,6 +6,7 @@ from there. `make quickstart` calls it; settings after the name go to every comm
     python experiments/quickstart.py --config.training.num_steps=4000
 """
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -34,18 +35,18 @@ def main(overrides: list[str]) -> int:
         print(f"\n$ bd3 {' '.join([verb, *args])}", flush=True)
         status = run([sys.executable, "-m", "bd3_jax.cli", verb, *args])
         if status:
-            print(
-                f"\nbd3 {verb} ended with status {status}. Run `make quickstart` again to go on from here.",
-                file=sys.stderr,
-            )
+            # Status 2 is a mistake that is to be mended first.
+            again = "" if status == 2 else " Run `make quickstart` again to go on from here."
+            print(f"\nbd3 {verb} ended with status {status}.{again}", file=sys.stderr)
             return status
     print(summary(time.monotonic() - started))
     return 0
 
 
 def run(command: list[str]) -> int:
-    """Runs a command to its end, also after Ctrl-C: the command gets it too, and saves before it stops."""
+    """Runs a command to its end, also after SIGTERM and Ctrl-C, which it gets too: it saves before it stops."""
     with subprocess.Popen(command) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while True:
             try:
                 return process.wait()

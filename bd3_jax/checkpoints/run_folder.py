@@ -47,7 +47,10 @@ def read_settings(workdir: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}, the settings of the run, cannot be read: {error}") from None
     if not isinstance(settings, dict) or "objective" not in settings:
-        raise UserError(f"{path} does not hold the settings of a run; choose another --workdir")
+        advice = "choose another --workdir"
+        if isinstance(settings, dict) and "model_type" in settings:
+            advice = f"of a published model bd3 convert {workdir} NEW --format=bd3 makes one"
+        raise UserError(f"{path} does not hold the settings of a run; {advice}")
     return _with_new_fields(settings)
 
 

@@ -127,6 +127,7 @@ class Report:
             lines.append(f"  {c.count} x {c.kind} among {c.group} chips: {sizes}")
         if not self.collectives and self.fits:
             lines.append("no collectives")
+        lines += ["largest arrays:"] * bool(self.largest)
         lines += [f"  {amount(b.size):>10}  {b.shape} {b.operation}" for b in self.largest]
         lines += [f"would help: {setting}" for setting in self.advice]
         lines.append(f"lowered in {self.lower_seconds:.1f} s, compiled in {self.compile_seconds:.1f} s")

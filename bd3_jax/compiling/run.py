@@ -34,7 +34,7 @@ def compile_for(config: Config, topology: str, mode: str, vocab_size: int = 0) -
     if needs and importlib.util.find_spec(needs) is None:
         raise UserError(
             f"--topology={topology} takes the compiler of {needs}, which is not installed; "
-            f"allowed: after pip install 'bd3_jax[{target.chip.platform}]'"
+            f"run: pip install 'bd3_jax[{target.chip.platform}]'"
         )
     print(f"compiling {mode} for {topology}, {config.to_dict()[GROUPS[mode]]['batch_size']} rows", file=sys.stderr)
     request = {"config": config.to_dict(), "topology": topology, "mode": mode, "vocab_size": vocab_size}

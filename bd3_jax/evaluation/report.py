@@ -52,7 +52,10 @@ def write_report(workdir: epath.Path) -> epath.Path:
     """
     metrics = read_all(workdir)
     if not metrics:
-        raise UserError(f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}")
+        raise UserError(
+            f"{workdir} is not a run to report on: found no records in {workdir / 'metrics.jsonl'}; bd3 train or bd3 "
+            "eval makes some"
+        )
     config = read_config(workdir)
     samples = read_records(workdir / "samples.jsonl")
     if not all(isinstance(sample.get("text"), str) for sample in samples):

@@ -1,4 +1,4 @@
-"""The script behind `make quickstart`: what Ctrl-C does to it, and its summary."""
+"""The script behind `make quickstart`: what signals do to it, and its summary."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ def save(*_):
     open(sys.argv[1], "w").write("saved")
     sys.exit(130)
 signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
 time.sleep(30)
 """
@@ -34,7 +36,14 @@ def quickstart() -> ModuleType:
     return module
 
 
-def test_ctrl_c_waits_until_the_command_has_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "send",
+    [
+        pytest.param(lambda process: os.killpg(process.pid, signal.SIGINT), id="Ctrl-C, to all"),
+        pytest.param(lambda process: process.terminate(), id="SIGTERM, to the script alone"),
+    ],
+)
+def test_a_signal_waits_until_the_command_has_saved(tmp_path: Path, send: Callable[[subprocess.Popen], None]) -> None:
     saved = tmp_path / "saved"
     command = (
         f"import quickstart, sys; sys.exit(quickstart.run([sys.executable, '-c', {SLOW_TO_STOP!r}, {str(saved)!r}]))"
@@ -44,7 +53,7 @@ def test_ctrl_c_waits_until_the_command_has_saved(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         time.sleep(0.2)  # until the parent waits
-        os.killpg(process.pid, signal.SIGINT)
+        send(process)
         assert process.wait(timeout=20) == 130
     assert saved.read_text() == "saved"
 
