@@ -33,7 +33,7 @@ def test_losses_are_ours(make, objective, block_size):
     x0 = np.random.default_rng(1).integers(0, 10, (3, 12))
     noise = (x0, block_size, lm.noise, 1e-3, 1.0, lm.ids.mask)
     draw = None if objective == "ar" else likelihood.draw_training(jax.random.key(0), *noise)
-    ours = lm.token_losses(params, jax.numpy.asarray(x0), draw)
+    _, ours = lm.token_losses(params, jax.numpy.asarray(x0), draw)
     xt, weight, sigma = (x0, x0, x0[:, :1]) if draw is None else (draw.xt, draw.weight, draw.sigma)
     with torch.no_grad():
         args = (torch.tensor(np.array(x)) for x in (x0, xt, weight, sigma[:, 0]))
