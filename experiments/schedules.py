@@ -18,6 +18,7 @@ import numpy as np
 import small_models
 from etils import epath
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from measures import compare, loss_variances, losses_by_row, pooled, unread_rows
 from recording import RESULTS, Recording
 
@@ -114,6 +115,7 @@ def plot(found: dict[tuple[int, str], dict[str, Any]]) -> Figure:
                     variance, np.exp(figures["nll"]), xerr=error, fmt="o", color=f"C{place}", capsize=3, label=name
                 )
         axes.set(xscale="log", xlabel="variance of a block's mean loss (nats²)", title=f"B = {block_size}")
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     panels[0].set_ylabel("test perplexity (a bound)")
     figure.legend(*panels[0].get_legend_handles_labels(), title="trained with", loc="outside right upper")
     return figure
