@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -88,13 +89,13 @@ class Recording:
 
 
 def environment(on_devices: bool) -> dict[str, Any]:
-    """The command, the machine, versions. Devices are named where `on_devices`."""
+    """The command, the machine, versions. Devices are named where `on_devices`; of absolute paths the last part is."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
     if on_devices:
         machine["devices"] = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", argument) for argument in sys.argv)])
     return {"command": command, "machine": machine, "versions": versions}
 
 

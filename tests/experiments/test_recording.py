@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 
 import jax
 import pytest
@@ -54,3 +55,10 @@ def test_where_it_was_measured(recording, script):
     assert cell["machine"]["cores"] == os.cpu_count()
     assert cell["machine"]["devices"].endswith(jax.devices()[0].device_kind)
     assert cell["versions"]["jax"] == jax.__version__
+
+
+def test_paths_of_the_machine_are_not_recorded(script, monkeypatch):
+    argv = ["/home/someone/x.py", "--judge=/tmp/a/b.gguf", "--out=runs/x", "--configs=configs/owt.py:ar", "/data/c"]
+    monkeypatch.setattr(sys, "argv", argv)
+    command = script("recording").environment(on_devices=False)["command"]
+    assert command == "python x.py --judge=b.gguf --out=runs/x --configs=configs/owt.py:ar c"
