@@ -84,11 +84,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "exact_orders")
     own = parser.parse_args(argv)
     runtime.start()
-    models = {
-        name: (config, place)
-        for name, seed, config, place in small_models.finished(own.steps, own.runs)
-        if seed == own.seed and name in MODELS
-    }
+    trained = small_models.of_seed(own.seed, own.steps, own.runs)
+    models = {name: trained[name] for name in MODELS if name in trained}
     if not models:
         raise UserError(
             f"--runs is {str(own.runs)!r}, which has no such model of {own.steps} steps; train with likelihood.py"

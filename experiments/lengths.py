@@ -47,21 +47,16 @@ def drawn(workdir: epath.Path, count: int, max_length: int) -> dict[str, Any]:
     limit = model.model.length if model.objective == "sedd" else max_length
     # SEDD: as many steps as tokens. The others' samplers have one call a token.
     samples = model.sample(num_samples=count, batch_size=32, max_length=limit, num_steps=limit, variable_length=True)
+    kept = samples
     if model.objective == "sedd":
         # The sampler's own stops are looked at beyond 256 tokens, which these rows do not have.
-        whole = [sample for sample in samples if model.model.ids.eos not in sample.tokens[1:]]
-        if not whole:
+        kept = [sample for sample in samples if model.model.ids.eos not in sample.tokens[1:]]
+        if not kept:
             raise UserError(f"--num_samples is {count}, all of which SEDD drew with an EOS within; allowed: more")
-        return {
-            "lengths": np.array([sample.length for sample in whole]),
-            "ended_by_eos": 0,
-            "rejected": count - len(whole),
-            "limit": limit,
-        }
     return {
-        "lengths": np.array([sample.length for sample in samples]),
-        "ended_by_eos": sum(sample.stopped == "eos" for sample in samples),
-        "rejected": sum(sample.rejected for sample in samples),
+        "lengths": np.array([sample.length for sample in kept]),
+        "ended_by_eos": sum(sample.stopped == "eos" for sample in kept),
+        "rejected": sum(sample.rejected for sample in samples) + len(samples) - len(kept),
         "limit": limit,
     }
 
@@ -109,11 +104,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "lengths")
     own = parser.parse_args(argv)
     runtime.start()
-    models = {
-        name: (config, place)
-        for name, seed, config, place in small_models.finished(own.steps, own.runs)
-        if seed == own.seed
-    }
+    models = small_models.of_seed(own.seed, own.steps, own.runs)
     if missing := [name for name in MODELS if name not in models]:
         raise UserError(f"--runs is {str(own.runs)!r}, which lacks {', '.join(missing)}; train with likelihood.py")
     recording, found = Recording(own.out), {}

@@ -45,10 +45,10 @@ PUBLISHED = {
 
 
 def draw_all(recording: Recording, seed: int, steps: int, runs: epath.Path, count: int) -> None:
-    models = {name: place for name, at, _, place in small_models.finished(steps, runs) if at == seed}
+    models = small_models.of_seed(seed, steps, runs)
     if not models:
         raise UserError(f"--runs is {str(runs)!r}, which has no models of that seed; train them with likelihood.py")
-    for name, place in models.items():
+    for name, (_, place) in models.items():
         model = bd3_jax.load_pretrained(str(place))
         config, length = model.config.to_dict(), model.model.length
         common = {"seed": seed, "steps": steps, "num_samples": count}

@@ -114,6 +114,11 @@ def finished_config(place: epath.Path) -> Config | None:
     return config
 
 
+def of_seed(seed: int, steps: int = STEPS, runs: epath.Path = RUNS) -> dict[str, tuple[Config, epath.Path]]:
+    """Name -> settings and workdir of the models of a seed that `finished` finds."""
+    return {name: (config, place) for name, own, config, place in finished(steps, runs) if own == seed}
+
+
 def train_on(config: Config, place: epath.Path) -> None:
     """Prepares the corpus and trains to the end, whatever of that is still to be done."""
     prepare(config.data, config.model.length)
