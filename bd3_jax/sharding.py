@@ -28,6 +28,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+def abstract_arrays(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of the arrays of a tree, each with its sharding; the devices need not be there."""
+    abstract = lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own)
+    return jax.tree.map(abstract, tree, shardings)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices as a mesh with axes data, fsdp and tensor; data = -1 takes what the other two leave.
 

@@ -44,11 +44,9 @@ def compile_program(config: Config, target: targets.Target, mode: str, vocab_siz
         needed = hlo.needed(message)
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text() or ""
-        if program.calls:
+        if program.calls or chip.platform != "cpu":
             moved_bytes = traffic.moved(text, program.turns)
-            call_bytes = moved_bytes / program.calls.number
-        elif chip.platform != "cpu":
-            moved_bytes = traffic.moved(text, program.turns)
+            call_bytes = moved_bytes / program.calls.number if program.calls else None
         memory["temporaries"] = stats.temp_size_in_bytes
         memory["batch and results"] = (
             stats.argument_size_in_bytes

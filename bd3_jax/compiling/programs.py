@@ -97,11 +97,8 @@ def trace(config: Config, mode: str, devices: Sequence[jax.Device], platform: st
         turns = model.most_chunks(together)
         held = {name: _bytes(tree) for name, tree in kinds.items()}
         return Program(traced, held, rows, product_flops(traced.jaxpr, turns), turns=turns)
-    params = jax.tree.map(
-        lambda array, own: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=own),
-        model.network.abstract_params(),
-        sharding.param_shardings(mesh, model.network),
-    )
+    shardings = sharding.param_shardings(mesh, model.network)
+    params = sharding.abstract_arrays(model.network.abstract_params(), shardings)
     held = {"parameters": _bytes(params)}
     if mode == "eval":
         rows = config.eval.batch_size

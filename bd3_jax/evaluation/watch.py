@@ -47,7 +47,8 @@ def watch(config: Config, workdir: epath.Path, seconds: float = 30) -> None:
 
 
 def _is_done(workdir: epath.Path, evaluated: set[int]) -> bool:
-    return any(step >= read_config(workdir).training.num_steps for step in evaluated)
+    last = read_config(workdir).training.num_steps
+    return any(step >= last for step in evaluated)
 
 
 def _is_done_so(record: Record, config: Config) -> bool:

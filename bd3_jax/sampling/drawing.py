@@ -227,6 +227,12 @@ class Slots:
         """How many tokens so many blocks hold of a sample."""
         return min(self._layout.tokens_of(blocks), limit)
 
+    def _end(self, drawn: Drawn) -> int:
+        """Up to where a sample is drawn; of a last block that is given, nothing beyond the limit is drawn either."""
+        last = self._layout.tokens_of(self._layout.blocks_of(drawn.limit) - 1)
+        is_given = (drawn.row[last : drawn.limit] != self._sampler.model.ids.mask).all()
+        return drawn.limit if is_given else self._layout.end(drawn.limit)
+
     def _inputs(self) -> tuple[Any, ...]:
         """Arguments of the program after the memory: seed, and of each slot index, draw, first block, tokens and end.
 
@@ -239,10 +245,8 @@ class Slots:
         for slot, drawn in enumerate(self.drawing):
             if drawn is not None:
                 indices[slot], attempts[slot], first[slot] = drawn.index, drawn.rejected, drawn.blocks
-                begin, last = drawn.blocks * layout.stride, layout.tokens_of(layout.blocks_of(drawn.limit) - 1)
-                # Of a last block that is given, nothing beyond the limit is drawn either.
-                is_given = (drawn.row[last : drawn.limit] != self._sampler.model.ids.mask).all()
-                ends[slot] = (drawn.limit if is_given else layout.end(drawn.limit)) - begin
+                begin = drawn.blocks * layout.stride
+                ends[slot] = self._end(drawn) - begin
                 part = drawn.row[begin:][:width]
                 given[slot, : len(part)] = part
         seed = np.uint32(self._sampler.config.seed)

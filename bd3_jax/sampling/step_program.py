@@ -13,17 +13,13 @@ from bd3_jax.models.network import AnyParams, Params
 from bd3_jax.sampling.block import Filled
 from bd3_jax.sampling.contexts import Memory
 from bd3_jax.sampling.sampler import Sampler, sequence_keys
-from bd3_jax.sharding import by_rows, spec
+from bd3_jax.sharding import abstract_arrays, by_rows, spec
 
 
 def abstract_weights(sampler: Sampler, params: Params) -> AnyParams:
     """Shapes and shardings of `Sampler.freeze`, given those of the parameters; the devices need not be there."""
     lowered = jax.jit(sampler.freeze).lower(params)
-    return jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-        lowered.out_info,
-        lowered.compile().output_shardings,
-    )
+    return abstract_arrays(lowered.out_info, lowered.compile().output_shardings)
 
 
 def trace_step(
@@ -73,11 +69,7 @@ def abstract_memory(sampler: Sampler, weights: AnyParams, batch: int, sharding: 
     memory = jax.tree.map(abstract, jax.eval_shape(lambda fresh: fresh.tile(batch), fresh))
     if sharding is None:
         return memory
-    return jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-        memory,
-        memory_sharding(fresh, batch, sharding),
-    )
+    return abstract_arrays(memory, memory_sharding(fresh, batch, sharding))
 
 
 @functools.lru_cache(maxsize=16)
