@@ -141,7 +141,7 @@ def alongside_others() -> Iterator[None]:
         who = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, UserError):
             _leave(f"error: {who}: {error}", 2)
-        if not isinstance(error, jax.errors.JaxRuntimeError) or str(error).startswith(_OWN_FAULTS):
+        if not _is_of_runtime(error) or str(error).startswith(_OWN_FAULTS):
             _leave(f"{traceback.format_exc()}\nerror: {who} stops", 1)
         first = str(error).strip().splitlines()[0][:300]
         _leave(
@@ -149,6 +149,14 @@ def alongside_others() -> Iterator[None]:
             "run continues from its last checkpoint",
             LOST,
         )
+
+
+def _is_of_runtime(error: Exception) -> bool:
+    """A status of JAX's runtime is an error of its own or, where its quick way of calling fails, a ValueError."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    status, colon, _ = str(error).partition(": ")
+    return isinstance(error, ValueError) and bool(colon) and status.isupper()
 
 
 def _leave(message: str, status: int) -> None:

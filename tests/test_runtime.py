@@ -1,5 +1,6 @@
 """How processes are told of each other: flags, environment, clusters; what is refused."""
 
+import jax
 import pytest
 
 from bd3_jax import runtime
@@ -56,18 +57,37 @@ def test_what_does_not_fit(flags, environment, message):
         Processes.of(*flags, 60, environment)
 
 
-def test_whatever_fails_one_process_ends_it_at_once(monkeypatch, capsys):
-    """And not at the farewell, where it would wait for others that wait for it."""
+@pytest.fixture
+def processes(monkeypatch):
+    """What sets the number of processes; one of them that leaves at once raises SystemExit."""
 
     def leave(status):
         raise SystemExit(status)
 
     monkeypatch.setattr(runtime.os, "_exit", leave)
+    return lambda count: monkeypatch.setattr(runtime.jax, "process_count", lambda: count)
+
+
+def test_whatever_fails_one_process_ends_it_at_once(processes, capsys):
+    """And not at the farewell, where it would wait for others that wait for it."""
     for count, expected in ((1, ValueError), (2, SystemExit)):
-        monkeypatch.setattr(runtime.jax, "process_count", lambda count=count: count)
+        processes(count)
         with pytest.raises(expected) as ended, runtime.alongside_others():
             int("x")
     assert ended.value.code == 1
     error = capsys.readouterr().err
     assert "ValueError" in error
     assert error.endswith("error: process 0 of 2 stops\n")
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_what_another_one_has_caused(kind, processes, capsys):
+    """Both kinds are seen of a collective whose other process was killed."""
+    processes(2)
+    with pytest.raises(SystemExit) as ended, runtime.alongside_others():
+        raise kind("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    assert ended.value.code == runtime.LOST
+    assert "another one died or cannot be reached (UNKNOWN: Gloo" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended, runtime.alongside_others():
+        raise kind("RESOURCE_EXHAUSTED: Out of memory")
+    assert ended.value.code == 1

@@ -156,13 +156,13 @@ function show(call) {
   if (call >= current.nfe) pause();
 }
 
-function tick(now) {
+function tick() {
+  const now = performance.now();
   owed += (now - last) / 1000 * Number(byId('speed').value);
   last = now;
   const calls = Math.floor(owed);
   owed -= calls;
   if (calls) show(Number(byId('at').value) + calls);
-  if (timer !== null) timer = requestAnimationFrame(tick);
 }
 
 function play() {
@@ -170,11 +170,11 @@ function play() {
   byId('play').textContent = 'Pause';
   last = performance.now();
   owed = 0;
-  timer = requestAnimationFrame(tick);
+  timer = setInterval(tick, 16);
 }
 
 function pause() {
-  if (timer !== null) cancelAnimationFrame(timer);
+  clearInterval(timer);
   timer = null;
   byId('play').textContent = 'Play';
 }
