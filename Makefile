@@ -30,11 +30,9 @@ help: ## list the targets
 	@$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# glibc gives large arrays back to the system when they are freed, and a small model's step would spend much of its time
-# on getting them again.
-quickstart: export MALLOC_ARENA_MAX := 1
-quickstart: export MALLOC_MMAP_MAX_ := 0
-quickstart: export MALLOC_TRIM_THRESHOLD_ := -1
+# glibc gets large arrays from the system whenever they are allocated. Where the system may give them in huge pages, a
+# small model's step spends less time on that.
+quickstart: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 quickstart: .venv ## prepare a corpus, train, evaluate and sample a small model (about ten minutes on two cores)
 	@$(BIN)/python experiments/quickstart.py $(ARGS)
 

@@ -6,7 +6,8 @@
 Without --set, the network is the yardstick's: d = 256, 8 layers, 8 heads, L = 256, B = 16, batch 8. With --torch
 (package torch) a plain PyTorch module runs beside ours, in turns, and ratios are printed: see torch_baseline.py. Times
 are medians over rounds; ratios are medians of the ratios within a round, so that a slow minute counts against both.
-The machine should be idle: PyTorch's threads wait for each other, and lose far more to other processes than XLA's.
+The machine should be idle: PyTorch's threads wait for each other, and lose far more to other processes than XLA's. On
+Linux both are faster in huge pages, where GLIBC_TUNABLES=glibc.malloc.hugetlb=1 is set.
 The PyTorch module samples one sequence at a time, whatever --set=sampling.batch_size says of ours. FLOPs are those of
 the matrix products, twice the multiplications; the output layer's are for the tokens that are masked on average. All
 programs run on all devices.

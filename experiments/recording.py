@@ -1,7 +1,7 @@
 """What experiments record: experiments/results/NAME/, with figures, settings, commit and machine.
 
-    results.json   a list of cells, one measurement each: settings, figures, the whole config, command, commit, machine,
-                   seconds
+    results.json   a list of cells, one measurement each: settings, figures, the whole config, command, variables of the
+                   environment, commit, machine, seconds
     table.md       the figures for a reader
     NAME.png       where a picture says more
 
@@ -28,6 +28,8 @@ import jax
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PACKAGES = ("jax", "jaxlib", "numpy", "optax")
+VARIABLES = ("GLIBC_TUNABLES", "LIBTPU_INIT_ARGS", "XLA_FLAGS")
+"""Those of the environment that a speed may depend on."""
 
 
 class Recording:
@@ -89,14 +91,15 @@ class Recording:
 
 
 def environment(on_devices: bool) -> dict[str, Any]:
-    """The command, the machine, versions. Devices are named where `on_devices`; of absolute paths the last part is."""
+    """Command, variables, machine, versions. Devices are named if `on_devices`; of absolute paths the last part is."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = {"processor": _processor(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
     if on_devices:
         machine["devices"] = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     command = shlex.join(["python", *(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", argument) for argument in sys.argv)])
-    return {"command": command, "machine": machine, "versions": versions}
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {"command": command, "variables": variables, "machine": machine, "versions": versions}
 
 
 def _processor() -> str:
