@@ -36,7 +36,7 @@ def get_config(string: str = "bd3lm,block_size=16") -> ConfigDict:
                 dtype="auto",  # of activations: float32, bfloat16, or auto (bfloat16 except on CPU)
                 attention="auto",  # dense (yardstick), decomposed (never [2L, 2L]); on TPU flash, splash; on GPU triton
                 attention_chunk=0,  # queries per chunk; 0: 64 on CPU, 256 elsewhere; of kernels 512 on TPU, 64 on GPUs
-                scan_unroll=0,  # layers unrolled per iteration of the scan over layers; 0: all on CPU, 1 elsewhere
+                scan_unroll=0,  # layers unrolled per iteration of the scan over layers; 0: 1, all for sampling on CPU
                 remat="none",  # of a layer, the backward pass computes again: none, block (what is cheap), full
                 max_logits=0,  # that a device holds at once in a loss; 0: 2^24 on CPU, 2^26 elsewhere
             ),

@@ -20,7 +20,7 @@ from bd3_jax.models import attention, flash, mesh
 from bd3_jax.models.flash_kernels import Pattern
 from bd3_jax.models.kv_cache import KVBlock, KVCache
 from bd3_jax.models.layer import REMAT_SAVED, Attend, finish
-from bd3_jax.models.platform import flat_products, settle
+from bd3_jax.models.platform import flat_products, for_sampling, settle
 from bd3_jax.models.tiles import tile_size
 from bd3_jax.models.transformer import Transformer
 from bd3_jax.precision import precision_of
@@ -205,6 +205,10 @@ class Network:
             policies.save_only_these_names(*REMAT_SAVED) if self.model.remat == "block" else policies.nothing_saveable
         )
         return jax.checkpoint(block, policy=keep, static_argnums=3)
+
+    def for_sampling(self) -> "Network":
+        """Itself as it is fastest in a loop over calls; it computes the same."""
+        return dataclasses.replace(self, model=for_sampling(self.model, self._on))
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` tokens of clean context per sequence, a multiple of the block size."""

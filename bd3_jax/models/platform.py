@@ -17,8 +17,8 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
     - Attention is flash, in tiles of 512, on TPU where the length permits it. Elsewhere, also where a kernel was asked
       for that does not run there, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of
       256 on others. On GPUs `triton` has to be asked for, since no GPU has run it yet; see triton.py.
-    - Layers are unrolled on CPU and scanned elsewhere. (Scanned, a training step on CPU takes about as long, and 0.6 of
-      the memory: experiments/results/step_settings. Sampling takes 1.1 to 1.6 times as long in most cases.)
+    - Layers are scanned: programs are smaller, and on CPU, which would compute them as fast unrolled, so is the memory
+      of a training step (experiments/results/step_settings). Sampling has another choice, see `for_sampling`.
     - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
     """
     on_cpu, on_tpu = platform == "cpu", platform == "tpu"
@@ -33,9 +33,19 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
         dtype=("float32" if on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype,
         attention=attention,
         attention_chunk=model.attention_chunk or CHUNKS.get(attention, 64 if on_cpu else 256),
-        scan_unroll=model.scan_unroll or (model.num_layers if on_cpu else 1),
+        scan_unroll=model.scan_unroll or 1,
         max_logits=model.max_logits or (2**24 if on_cpu else 2**26),
     )
+
+
+def for_sampling(model: ModelConfig, platform: str) -> ModelConfig:
+    """The settings of a network that is called in a loop. On CPU its layers are unrolled, where nothing else is asked.
+
+    A scan copies each layer's weights at every call, which on CPU takes 1.1 to 1.6 times as long in most cases.
+    """
+    if platform != "cpu" or model.scan_unroll:
+        return model
+    return dataclasses.replace(model, scan_unroll=model.num_layers)
 
 
 def flat_products(platform: str) -> bool:

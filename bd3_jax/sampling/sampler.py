@@ -51,7 +51,7 @@ class Sampler:
 
     @classmethod
     def from_config(cls, model: LanguageModel, c: SamplingConfig) -> "Sampler":
-        """Raises UserError where the model cannot do what is asked."""
+        """Of the model's network as it is fastest for sampling. Raises UserError where it cannot do what is asked."""
         if c.sampler == "analytic":
             if c.max_length > model.length:
                 raise UserError(
@@ -63,7 +63,7 @@ class Sampler:
                     f"config.sampling.temperature is {c.temperature}; allowed: 1 with the analytic sampler, "
                     "whose scores are ratios of probabilities"
                 )
-        return cls(model, c)
+        return cls(dataclasses.replace(model, network=model.network.for_sampling()), c)
 
     @property
     def program(self) -> "Sampler":

@@ -4,7 +4,7 @@ import dataclasses
 
 from bd3_jax.config_dict import from_config_dict
 from bd3_jax.configs import owt
-from bd3_jax.models.platform import settle
+from bd3_jax.models.platform import for_sampling, settle
 
 MODEL = from_config_dict(owt.get_config("mdlm")).model
 
@@ -24,6 +24,12 @@ def test_what_is_set_stays():
         MODEL, dtype="float32", attention="dense", attention_chunk=7, scan_unroll=3, max_logits=9
     )
     assert settle(chosen, "tpu") == chosen
+
+
+def test_layers_are_unrolled_for_sampling_on_a_cpu():
+    assert for_sampling(MODEL, "cpu").scan_unroll == MODEL.num_layers
+    asked = dataclasses.replace(MODEL, scan_unroll=2)
+    assert [for_sampling(*args) for args in ((MODEL, "tpu"), (MODEL, "gpu"), (asked, "cpu"))] == [MODEL, MODEL, asked]
 
 
 def test_kernels_where_they_can_be():
