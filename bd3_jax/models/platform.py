@@ -17,8 +17,8 @@ def settle(model: ModelConfig, platform: str) -> ModelConfig:
     - Attention is flash, in tiles of 512, on TPU where the length permits it. Elsewhere, also where a kernel was asked
       for that does not run there, it is decomposed: in chunks of 64 queries on CPU, which stay near its caches, and of
       256 on others. On GPUs `triton` has to be asked for, since no GPU has run it yet; see triton.py.
-    - Layers are scanned: programs are smaller, and on CPU, which would compute them as fast unrolled, so is the memory
-      of a training step (experiments/results/step_settings). Sampling has another choice, see `for_sampling`.
+    - Layers are scanned. Programs are smaller, and on CPU a training step takes less memory and time than it does
+      unrolled (experiments/results/step_settings). In a loop over calls it is otherwise: see `for_sampling`.
     - The logits that exist at once take 64 MiB on CPU, 256 MiB elsewhere.
     """
     on_cpu, on_tpu = platform == "cpu", platform == "tpu"
