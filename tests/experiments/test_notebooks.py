@@ -103,7 +103,7 @@ def test_train(execute, tmp_path):
     assert f"{workdir}: continues after step 20 of 40" in notebook.printed("settings.training.num_steps = 2 * STEPS")
     (sample,) = load_pretrained(str(workdir)).sample("def ", num_samples=1, seed=1)
     assert notebook.printed("longer.sample(") == f"40 steps\n{sample.text}\n"
-    assert "train/loss" in (workdir / "report.html").read_text()
+    assert "Training loss, nats per token" in (workdir / "report.html").read_text()
 
 
 def test_one_block(execute):
