@@ -23,6 +23,7 @@ from bd3_jax.pretrained import load_pretrained
 from tests import reference
 from tests.conftest import GOLDEN
 from tests.data.bucket import bucket, objects_in
+from tests.workdirs import write_workdir
 
 FOLDERS = ["bd3lm_block4", "bd3lm_block1", "mdlm", "sedd", "ar"]
 
@@ -101,15 +102,8 @@ def run(tiny_config, tmp_path_factory) -> Path:
     """A workdir of ours, averaged weights apart from the raw ones, with an evaluation on record."""
     workdir = epath.Path(tmp_path_factory.mktemp("run"))
     config = tiny_config("bd3lm,block_size=8")
-    tokenizer = load_tokenizer("bytes")
-    params = LanguageModel.from_config(config, tokenizer.ids).network.init(jax.random.key(0))
-    run_folder.write_config(config, workdir)
-    tokenizer.save(workdir / "tokenizer")
+    write_workdir(config, workdir, 1234, low=0.001, high=1)
     load_manifest(epath.Path(config.data.directory)).save(workdir)
-    state = {"ema": params, "params": jax.tree.map(lambda p: 2 * p, params)}
-    checkpoints = orbax.Checkpoints(workdir, keep=1)
-    checkpoints.save(1234, state | {"low": np.float32(0.001), "high": np.float32(1)}, {"rows": 0})
-    checkpoints.close()
     record = {"perplexity": 21.5, "perplexity_standard_error": 0.25, "estimator": "exact", "tokens": 999}
     record = {f"eval/{name}": value for name, value in (record | {"split": "validation"}).items()}
     lines = [

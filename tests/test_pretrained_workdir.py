@@ -6,40 +6,25 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
 
 from bd3_jax import pretrained
-from bd3_jax.checkpoints import orbax, run_folder
 from bd3_jax.config import NoiseConfig
 from bd3_jax.data.tokenizers import load_tokenizer
 from bd3_jax.errors import UserError
 from bd3_jax.evaluation import conditional, interval_search
 from bd3_jax.evaluation.perplexity import likelihood_program
-from bd3_jax.language_model import LanguageModel
 from bd3_jax.pretrained import load_pretrained
+from tests.workdirs import write_workdir
 
 
 @pytest.fixture(scope="module")
 def run(tiny_config, tmp_path_factory) -> Path:
     """A workdir of ours with random weights, averaged ones apart from the raw ones."""
     workdir = epath.Path(tmp_path_factory.mktemp("run"))
-    config = tiny_config("bd3lm,block_size=4")
-    tokenizer = load_tokenizer("bytes")
-    params = LanguageModel.from_config(config, tokenizer.ids).network.init(jax.random.key(0))
-    run_folder.write_config(config, workdir)
-    tokenizer.save(workdir / "tokenizer")
-    state = {
-        "ema": params,
-        "params": jax.tree.map(lambda p: 2 * p, params),
-        "low": np.float32(0.3),
-        "high": np.float32(0.8),
-    }
-    checkpoints = orbax.Checkpoints(workdir, keep=1)
-    checkpoints.save(7, state, {"rows": 0})
-    checkpoints.close()
+    write_workdir(tiny_config("bd3lm,block_size=4"), workdir, 7, low=0.3, high=0.8)
     return Path(workdir)
 
 
